@@ -1,0 +1,173 @@
+"""The buffers of an exponential moving average over this rank's elements, and how they follow the parameters."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from truestep.side_stream import SideStream
+from truestep.topology import Shard, UnsupportedModelError
+
+AVERAGED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Elements that one pass of a mixed-precision update converts at a time: 2 MiB of float32, which stay in the cache.
+SCRATCH_ELEMENTS = 512 * 1024
+
+
+def buffer_device(device: str | torch.device) -> torch.device:
+    """The device that an argument `device` names.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    try:
+        parsed = torch.device(device)
+        module = torch.get_device_module(parsed)
+        available = parsed.type == "cpu" or (module.is_available() and (parsed.index or 0) < module.device_count())
+    except (RuntimeError, TypeError, AttributeError):
+        available = False
+    if not available:
+        raise ValueError(f"device={device!r}: must be the name of a device that is available here, such as 'cpu'")
+    return parsed
+
+
+@dataclass
+class Average:
+    """The buffers of one parameter's owned elements, all of shape `(owned.size,)`.
+
+    Attributes:
+        ema: EMA_t, in float64 for a float64 parameter, otherwise in float32.
+        anchor: θ₀ in the parameter's dtype, which holds it exactly; None without bias correction.
+        latest: θ_t of the last update, in the parameter's dtype; None where nobody needs it.
+    """
+
+    ema: Tensor
+    anchor: Tensor | None
+    latest: Tensor | None
+
+    def receive(self, live: Tensor) -> Tensor:
+        """Take over θ_t, and return it where the buffers are."""
+        return live if self.latest is None else self.latest.copy_(live, non_blocking=self.latest.is_pinned())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The buffers that a checkpoint needs, by name: `latest` counts only with an `anchor` to compare it to."""
+        named = {"ema": self.ema}
+        if self.anchor is not None and self.latest is not None:
+            named |= {"anchor": self.anchor, "latest": self.latest}
+        return named
+
+
+class ShardedAverages:
+    r"""EMA and bias correction of the owned elements of some shards.
+
+    Only the EMA is a recursion, so only the EMA moves at an update; the shadow is formed when somebody reads it:
+
+    .. math::
+
+        EMA_t = EMA + β (θ_t - EMA), \qquad θ'_t = EMA_t + α (θ_t - θ_0)
+
+    An update reads θ_t and EMA once and writes EMA once (`lerp_`), plus one copy of θ_t for the reader. Nothing is
+    communicated. On a GPU with buffers elsewhere, the copy runs beside the training and the EMA follows later.
+
+    Args:
+        shards: The parameters to average; each has buffers for its owned range alone.
+        device: Where the buffers are.
+        correct_bias: Whether θ₀ and θ_t are kept for the bias correction.
+
+    Raises:
+        UnsupportedModelError: A parameter's dtype is not one of `AVERAGED_DTYPES`.
+    """
+
+    def __init__(self, shards: Iterable[Shard], device: torch.device, correct_bias: bool) -> None:
+        self.shards = {shard.name: shard for shard in shards}
+        self.device = torch.empty(0, device=device).device  # with its index, as tensors have it
+        self._correct_bias = correct_bias
+        sources = {shard.elements().device for shard in self.shards.values()}
+        self._stream = SideStream.between(sources, self.device)
+        self._pending_weight: float | None = None
+        self._scratch: Tensor | None = None
+        self._averages = {name: self._allocate(shard) for name, shard in self.shards.items()}
+
+    def snapshot(self) -> None:
+        """θ₀ ← θ and EMA ← θ."""
+        for name, shard in self.shards.items():
+            live, average = shard.owned_elements(), self._averages[name]
+            average.ema.copy_(live)
+            for buffer in (average.anchor, average.latest):
+                if buffer is not None:
+                    buffer.copy_(live)
+
+    def update(self, weight: float) -> None:
+        """EMA ← EMA + β (θ − EMA), with β = `weight` in [0, 1] rounded once to the dtype of the EMA."""
+        self.settle()
+        if self._stream is not None:
+            with self._stream.copying():
+                for name, shard in self.shards.items():
+                    self._averages[name].receive(shard.owned_elements())
+            self._pending_weight = weight
+            return
+        for name, shard in self.shards.items():
+            average = self._averages[name]
+            self._absorb(average, average.receive(shard.owned_elements()), weight)
+
+    def settle(self) -> None:
+        """Finish an update whose copy was still under way."""
+        if self._stream is None or self._pending_weight is None:
+            return
+        weight, self._pending_weight = self._pending_weight, None
+        self._stream.wait()
+        for average in self._averages.values():
+            assert average.latest is not None
+            self._absorb(average, average.latest, weight)
+
+    def shadow(self, name: str, bias_weight: float, dtype: torch.dtype) -> Tensor:
+        """θ′ = EMA + α (θ_t − θ₀) of the owned elements, rounded once to `dtype`.
+
+        Args:
+            name: The parameter.
+            bias_weight: α of the last update, in [0, 1].
+            dtype: What to round to.
+
+        Returns:
+            A new tensor of shape `(owned.size,)` on the buffers' device.
+        """
+        self.settle()
+        average = self._averages[name]
+        # Without an update since the snapshot α is 0, and the sum would turn a -0.0 into 0.0.
+        if average.anchor is None or average.latest is None or bias_weight == 0:
+            return average.ema.to(dtype, copy=True)
+        moved = average.latest.to(average.ema.dtype) - average.anchor.to(average.ema.dtype)
+        return torch.add(average.ema, moved, alpha=bias_weight).to(dtype)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The buffers themselves: parameter name → `ema`, `anchor`, `latest` → tensor of shape `(owned.size,)`."""
+        self.settle()
+        return {name: average.tensors() for name, average in self._averages.items()}
+
+    def _absorb(self, average: Average, theta: Tensor, weight: float) -> None:
+        if theta.dtype == average.ema.dtype:
+            average.ema.lerp_(theta, weight)
+            return
+        # No native operation mixes the two dtypes. Converting piece by piece keeps the converted values in the cache.
+        if self._scratch is None:
+            self._scratch = torch.empty(SCRATCH_ELEMENTS, dtype=average.ema.dtype, device=self.device)
+        for ema, piece in zip(*(torch.split(whole, SCRATCH_ELEMENTS) for whole in (average.ema, theta)), strict=True):
+            ema.lerp_(self._scratch[: len(piece)].copy_(piece), weight)
+
+    def _allocate(self, shard: Shard) -> Average:
+        size, dtype = shard.owned.size, shard.parameter.dtype
+        if dtype not in AVERAGED_DTYPES:
+            raise UnsupportedModelError(
+                f"trainable parameter {shard.name!r} is {dtype}: supported are {', '.join(map(str, AVERAGED_DTYPES))}"
+            )
+
+        def buffer(dtype: torch.dtype, pinned: bool = False) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=self.device, pin_memory=pinned)
+
+        moves = self._correct_bias or shard.elements().device != self.device
+        return Average(
+            ema=buffer(torch.promote_types(dtype, torch.float32)),
+            anchor=buffer(dtype) if self._correct_bias else None,
+            latest=buffer(dtype, pinned=self._stream is not None) if moves else None,
+        )

@@ -1,0 +1,308 @@
+"""Bias-corrected exponential moving average of the weights, sharded over the ranks."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from truestep.averaging import ShardedAverages, buffer_device
+from truestep.checkpoint import CheckpointError, SavedState, checkpoint_resumed, checkpoint_written, save_state
+from truestep.collectives import agree, exchange, rank
+from truestep.export import belongs_to_adapter, has_adapter, save_pretrained
+from truestep.schedule import BEMASchedule
+from truestep.topology import Topology, unwrap
+
+logger = logging.getLogger(__name__)
+
+STATE_DIRECTORY = "truestep_bema"
+OUTPUT_DIRECTORY = "bema"
+
+
+class BEMACallback(TrainerCallback):
+    r"""Keep a bias-corrected exponential moving average (BEMA) of the trained weights beside the training.
+
+    With :math:`θ_t` the trainable parameters after step :math:`t`, at :math:`t = τ`:
+    :math:`θ_0 ← θ_τ` and :math:`EMA ← θ_τ`; then at every :math:`t > τ` with :math:`(t - τ) \bmod φ = 0`:
+
+    .. math::
+
+        β_t &= \max((ρ + γ t)^{-κ}, β_{min}) \\
+        EMA_t &= (1 - β_t)\, EMA_{prev} + β_t\, θ_t \\
+        α_t &= (ρ + γ t)^{-η} \text{ if } η > 0 \text{ else } 0 \\
+        θ'_t &= EMA_t + α_t\, (θ_t - θ_0)
+
+    θ′ is the *shadow*. It is saved to `{output_dir}/bema` at the end of training, in the dtype of the model, and can be
+    read and swapped in at any time. EMA is computed in float32 (float64 for float64 parameters), whatever the dtype
+    of the model. Each rank keeps buffers for the elements that it owns and communicates nothing at an update. The
+    state is part of the Trainer's checkpoints; a resumed run ends with bitwise the shadow of an uninterrupted one, on
+    any number of ranks.
+
+    Args:
+        update_freq: φ, steps between two updates; at least 1.
+        ema_power: κ, power of the EMA weight; not negative. 0 disables the EMA: EMA_t = θ_t.
+        bias_power: η, power of the bias weight; not negative. 0 disables the bias correction: θ′ = EMA.
+        lag: ρ, offset of the schedule in steps; not negative.
+        update_after: τ, the step of the snapshot; at least 0.
+        multiplier: γ, speed of the schedule; not negative.
+        min_ema_multiplier: β_min, lower bound of β; in [0, 1].
+        device: Where the buffers are. On "cpu", a training on a GPU does not wait for them.
+
+    Raises:
+        ValueError: An argument is outside its range, or ρ + γ·(τ + φ) < 1, or the device does not exist here.
+
+    Example:
+        >>> from transformers import Trainer
+        >>> from truestep import BEMACallback
+        >>> bema = BEMACallback(update_freq=10, update_after=100)
+        >>> trainer = Trainer(..., callbacks=[bema])  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+        >>> with bema.shadow_weights(trainer.model):  # doctest: +SKIP
+        ...     trainer.evaluate()
+
+    References:
+        Block and Zhang (2025), "EMA Without the Lag: Bias-Corrected Iterate Averaging Schemes", arXiv 2508.00180.
+    """
+
+    def __init__(
+        self,
+        update_freq: int = 400,
+        ema_power: float = 0.5,
+        bias_power: float = 0.2,
+        lag: int = 10,
+        update_after: int = 0,
+        multiplier: float = 1.0,
+        min_ema_multiplier: float = 0.0,
+        device: str = "cpu",
+    ) -> None:
+        self.schedule = BEMASchedule(
+            update_freq=update_freq,
+            ema_power=ema_power,
+            bias_power=bias_power,
+            lag=lag,
+            update_after=update_after,
+            multiplier=multiplier,
+            min_ema_multiplier=min_ema_multiplier,
+        )
+        self.device = buffer_device(device)
+        self._topology: Topology | None = None
+        self._averages: ShardedAverages | None = None
+        self._bias_weight = 0.0
+        self._swapped_in = False
+
+    # Events of the Trainer
+
+    @torch.no_grad()
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin afresh, or from the state in the checkpoint that the training resumes from."""
+        self._averages = None
+        self._topology = Topology(kwargs["model"])
+        past_snapshot = state.global_step > self.schedule.update_after
+        if past_snapshot and self._restore(checkpoint_resumed(args, state) / STATE_DIRECTORY, state):
+            return
+        if state.global_step >= self.schedule.update_after:
+            self._take_snapshot()
+
+    @torch.no_grad()
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the snapshot at t = τ, update at the update instants."""
+        if self._swapped_in:
+            raise RuntimeError(
+                "a training step ended inside `with shadow_weights(...)`: leave the block before training"
+            )
+        if self._averages is None:
+            if state.global_step >= self.schedule.update_after:
+                self._take_snapshot()
+        elif self.schedule.is_update(state.global_step):
+            self._averages.update(self.schedule.ema_weight(state.global_step))
+            self._bias_weight = self.schedule.bias_weight(state.global_step)
+        else:
+            self._averages.settle()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add this callback's state to the checkpoint that the Trainer has just written."""
+        if self._averages is None:
+            return
+        directory = checkpoint_written(args, state) / STATE_DIRECTORY
+        metadata = {
+            "callback": type(self).__name__,
+            "step": state.global_step,
+            "bias_weight": self._bias_weight,
+            "hyperparameters": self.schedule.hyperparameters(),
+        }
+        try:
+            save_state(directory, self._averages.shards, self._averages.tensors(), metadata)
+        except CheckpointError as error:
+            if state.is_world_process_zero:
+                logger.warning(
+                    "BEMA: this checkpoint has no state of the shadow, a resume from it starts afresh: %s", error
+                )
+
+    @torch.no_grad()
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the shadow to `{output_dir}/bema`."""
+        topology = self._require_training()
+        if self._averages is None and state.is_world_process_zero:
+            logger.warning(
+                "BEMA: the training ended at step %d, before update_after=%d; %s holds the live weights",
+                state.global_step,
+                self.schedule.update_after,
+                OUTPUT_DIRECTORY,
+            )
+        assert args.output_dir is not None
+        directory = Path(args.output_dir, OUTPUT_DIRECTORY)
+        weights = self._entries(keep=args.should_save, adapter_only=has_adapter(topology.model))
+        processing_class = kwargs.get("processing_class")
+        agree(
+            lambda: save_pretrained(directory, topology.model, weights, processing_class) if args.should_save else None
+        )
+
+    # Reading the shadow
+
+    @torch.no_grad()
+    def shadow_state_dict(self, dtype: torch.dtype | None = None, rank0_only: bool = False) -> dict[str, Tensor]:
+        """The model's weights with the shadow in place of the trainable parameters.
+
+        Collective: all ranks call it. Parameters are gathered one at a time.
+
+        Args:
+            dtype: What the shadow is rounded to, once; the dtype of each live parameter by default. `torch.float32`
+                shows all that a bfloat16 model's shadow holds.
+            rank0_only: Whether ranks other than 0 get an empty dict, and keep no memory for it.
+
+        Returns:
+            The entries of the unwrapped model's `state_dict()`, whole and on the CPU: the shadow of the trainable
+            parameters, frozen parameters and buffers as they are live. Before the snapshot all are live. Entries
+            that are tied in the model share one tensor.
+
+        Raises:
+            RuntimeError: No training has begun yet.
+        """
+        return self._entries(keep=rank() == 0 or not rank0_only, dtype=dtype)
+
+    @contextmanager
+    def shadow_weights(self, model: nn.Module) -> Iterator[None]:
+        """Have the model hold the shadow within a `with` block, for an evaluation say.
+
+        Collective: all ranks enter and leave. At the end, also after an exception, the live weights are put back
+        bitwise, without communication, from a copy on the buffers' device of what each rank holds.
+
+        Args:
+            model: The model that is trained, wrapped or not.
+
+        Raises:
+            RuntimeError: No training has begun yet, or the block is inside another one.
+            ValueError: It is not the model that is trained.
+
+        Example:
+            >>> with bema.shadow_weights(trainer.model):  # doctest: +SKIP
+            ...     metrics = trainer.evaluate(metric_key_prefix="eval_bema")
+        """
+        topology = self._require_training()
+        if unwrap(model) is not topology.model:
+            raise ValueError(f"model={type(model).__name__}: not the model that this callback has seen in training")
+        if self._swapped_in:
+            raise RuntimeError("shadow_weights(...) inside shadow_weights(...): the model holds the shadow already")
+        averages = self._averages
+        live: dict[str, Tensor] = {}
+        self._swapped_in = True
+        try:
+            with torch.no_grad():
+                for name, shard in averages.shards.items() if averages is not None else ():
+                    shadow = self._shadow_piece(name, shard.parameter.dtype)
+                    values = shadow if shard.owned == shard.held else topology.assemble(name, shadow).view(-1)
+                    live[name] = shard.elements().to(self.device, copy=True)
+                    shard.overwrite(values)
+                topology.release()
+            yield
+        finally:
+            with torch.no_grad():
+                for name, values in live.items():
+                    topology.shards[name].overwrite(values)
+                topology.release()
+            self._swapped_in = False
+
+    # Parts
+
+    def _require_training(self) -> Topology:
+        if self._topology is None:
+            raise RuntimeError("there is no shadow yet: it begins with Trainer.train()")
+        return self._topology
+
+    def _new_averages(self) -> ShardedAverages:
+        shards = [shard for shard in self._require_training().shards.values() if shard.parameter.requires_grad]
+        return agree(lambda: ShardedAverages(shards, self.device, self.schedule.corrects_bias))
+
+    def _take_snapshot(self) -> None:
+        self._averages = self._new_averages()
+        self._averages.snapshot()
+        self._bias_weight = 0.0
+
+    def _shadow_piece(self, name: str, dtype: torch.dtype) -> Tensor:
+        assert self._averages is not None
+        return self._averages.shadow(name, self._bias_weight, dtype)
+
+    def _whole(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """One parameter as the shadow has it, whole, in memory of its own on the CPU."""
+        topology = self._require_training()
+        if self._averages is None or name not in self._averages.shards:
+            return topology.whole(name).to("cpu", copy=True)
+        piece = self._shadow_piece(name, dtype or topology.shards[name].parameter.dtype)
+        return topology.assemble(name, piece).cpu()
+
+    def _entries(self, keep: bool, dtype: torch.dtype | None = None, adapter_only: bool = False) -> dict[str, Tensor]:
+        """The state dict as the shadow has it; only gathered for others, and empty, unless `keep`."""
+        topology = self._require_training()
+        names = {id(shard.parameter): name for name, shard in topology.shards.items()}
+        entries: dict[str, Tensor] = {}
+        first_keys: dict[str, str] = {}
+        for key, value in topology.model.state_dict(keep_vars=True).items():
+            if adapter_only and not belongs_to_adapter(topology.model, key):
+                continue
+            name = names.get(id(value))
+            if name is None:
+                entries |= {key: value.detach().to("cpu", copy=True)} if keep else {}
+            elif name not in first_keys:
+                first_keys[name] = key
+                whole = self._whole(name, dtype)
+                entries |= {key: whole} if keep else {}
+            elif keep:
+                entries[key] = entries[first_keys[name]]
+        return entries
+
+    def _restore(self, directory: Path, state: TrainerState) -> bool:
+        """Take over the state in a checkpoint; False, with a warning, where it has none."""
+        if not any(exchange(SavedState.exists(directory))):
+            if state.is_world_process_zero:
+                logger.warning(
+                    "BEMA: %s has no state of the shadow. What was averaged up to step %d is lost; "
+                    "a new average begins with the weights at this step",
+                    directory,
+                    state.global_step,
+                )
+            return False
+        averages = self._new_averages()
+        self._bias_weight = agree(lambda: self._read_state(directory, averages, state.global_step))
+        self._averages = averages
+        return True
+
+    def _read_state(self, directory: Path, averages: ShardedAverages, step: int) -> float:
+        saved = SavedState(directory)
+        expected = {"callback": type(self).__name__, "step": step, "hyperparameters": self.schedule.hyperparameters()}
+        for what, value in expected.items():
+            if saved.metadata.get(what) != value:
+                raise CheckpointError(
+                    f"{saved.index}: it was saved with {what} {saved.metadata.get(what)!r}, "
+                    f"this training has {value!r}; {saved.advice}"
+                )
+        saved.require_shapes(averages.shards)
+        saved.read(averages.shards, averages.tensors())
+        return float(saved.metadata["bias_weight"])

@@ -1,0 +1,75 @@
+"""A directory that `from_pretrained` loads, written whole or not at all."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def belongs_to_adapter(model: nn.Module, key: str) -> bool:
+    """Whether an entry of the state dict is part of a PEFT adapter: one of the adapters' names is in its path."""
+    return not set(key.split(".")).isdisjoint(getattr(model, "peft_config", {}))
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether `save_pretrained` of the model writes a PEFT adapter instead of the model."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def save_pretrained(
+    directory: Path, model: nn.Module, state_dict: dict[str, Tensor], processing_class: Any = None
+) -> None:
+    """Write a model's directory with other weights than the model's own. On one rank.
+
+    The files are written to a sibling directory, which then takes the place of `directory`.
+
+    Args:
+        directory: Where to; replaced if it exists.
+        model: The unwrapped model. Without `save_pretrained` (a plain module), `model.safetensors` alone is written,
+            for `safetensors.torch.load_model`.
+        state_dict: Its weights, whole; entries that are tied share one tensor.
+        processing_class: The tokenizer or processor, saved along if it has `save_pretrained`.
+
+    Raises:
+        OSError: The files cannot be written.
+    """
+
+    def write(target: Path) -> None:
+        save_model: Any = getattr(model, "save_pretrained", None)
+        if save_model is not None:
+            save_model(target, state_dict=state_dict)
+        else:
+            _save_plain(target / "model.safetensors", state_dict)
+        if hasattr(processing_class, "save_pretrained"):
+            processing_class.save_pretrained(target)
+
+    _replace_directory(directory, write)
+
+
+def _save_plain(file: Path, state_dict: dict[str, Tensor]) -> None:
+    """A plain module's weights; the metadata names a tied entry's twin, as `load_model` expects it."""
+    first_key: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for key, tensor in state_dict.items():
+        if first_key.setdefault(id(tensor), key) != key:
+            tied[key] = first_key[id(tensor)]
+    contents = {key: tensor.contiguous() for key, tensor in state_dict.items() if key not in tied}
+    save_file(contents, file, metadata={"format": "pt", **tied})
+
+
+def _replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        new, old = workspace / "new", workspace / "old"
+        new.mkdir()
+        write(new)
+        if directory.exists():
+            directory.rename(old)
+        new.rename(directory)
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
