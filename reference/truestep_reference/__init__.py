@@ -1,0 +1,8 @@
+"""The executable specification: slow, whole tensors, float64, one formula a line.
+
+Nothing here is meant to train large models. It is meant to be read beside the paper, and to be compared with.
+"""
+
+from truestep_reference.bema import BEMACallback
+
+__all__ = ["BEMACallback"]

@@ -1,0 +1,1 @@
+"""What must hold of the callbacks whatever the code looks like."""
