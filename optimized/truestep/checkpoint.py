@@ -7,7 +7,7 @@ torn write and is never read as state. Nothing is pickled.
 
 import json
 import os
-import sys
+import traceback
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,9 +44,7 @@ def checkpoint_resumed(args: TrainingArguments, state: TrainerState) -> Path:
     the Trainer's loop that has called us, so it is looked up there: guessing `output_dir/checkpoint-N` would pick up
     another run's state. A loop of one's own is expected to keep its checkpoints there.
     """
-    frame = sys._getframe()
-    while frame is not None and frame.f_back is not None:
-        frame = frame.f_back
+    for frame, _ in traceback.walk_stack(None):
         path = frame.f_locals.get("resume_from_checkpoint")
         if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(path, str | os.PathLike):
             return Path(path)
