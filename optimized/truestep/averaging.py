@@ -32,6 +32,20 @@ def buffer_device(device: str | torch.device) -> torch.device:
     return parsed
 
 
+def require_averageable(shards: Iterable[Shard]) -> None:
+    """Check that parameters have a dtype that can be averaged.
+
+    Raises:
+        UnsupportedModelError: One has not; it is named.
+    """
+    for shard in shards:
+        if shard.parameter.dtype not in AVERAGED_DTYPES:
+            raise UnsupportedModelError(
+                f"trainable parameter {shard.name!r} is {shard.parameter.dtype}; "
+                f"supported: {', '.join(map(str, AVERAGED_DTYPES))}"
+            )
+
+
 @dataclass
 class Average:
     """The buffers of one parameter's owned elements, all of shape `(owned.size,)`.
@@ -45,10 +59,6 @@ class Average:
     ema: Tensor
     anchor: Tensor | None
     latest: Tensor | None
-
-    def receive(self, live: Tensor) -> Tensor:
-        """Take over θ_t, and return it where the buffers are."""
-        return live if self.latest is None else self.latest.copy_(live, non_blocking=self.latest.is_pinned())
 
     def tensors(self) -> dict[str, Tensor]:
         """The buffers that a checkpoint needs, by name: `latest` counts only with an `anchor` to compare it to."""
@@ -74,9 +84,6 @@ class ShardedAverages:
         shards: The parameters to average; each has buffers for its owned range alone.
         device: Where the buffers are.
         correct_bias: Whether θ₀ and θ_t are kept for the bias correction.
-
-    Raises:
-        UnsupportedModelError: A parameter's dtype is not one of `AVERAGED_DTYPES`.
     """
 
     def __init__(self, shards: Iterable[Shard], device: torch.device, correct_bias: bool) -> None:
@@ -104,12 +111,14 @@ class ShardedAverages:
         if self._stream is not None:
             with self._stream.copying():
                 for name, shard in self.shards.items():
-                    self._averages[name].receive(shard.owned_elements())
+                    latest = self._averages[name].latest
+                    assert latest is not None
+                    latest.copy_(shard.owned_elements(), non_blocking=True)
             self._pending_weight = weight
             return
         for name, shard in self.shards.items():
             average = self._averages[name]
-            self._absorb(average, average.receive(shard.owned_elements()), weight)
+            self._absorb(average.ema, shard.owned_elements(), weight, kept_in=average.latest)
 
     def settle(self) -> None:
         """Finish an update whose copy was still under way."""
@@ -119,7 +128,7 @@ class ShardedAverages:
         self._stream.wait()
         for average in self._averages.values():
             assert average.latest is not None
-            self._absorb(average, average.latest, weight)
+            self._absorb(average.ema, average.latest, weight)
 
     def shadow(self, name: str, bias_weight: float, dtype: torch.dtype) -> Tensor:
         """θ′ = EMA + α (θ_t − θ₀) of the owned elements, rounded once to `dtype`.
@@ -145,22 +154,22 @@ class ShardedAverages:
         self.settle()
         return {name: average.tensors() for name, average in self._averages.items()}
 
-    def _absorb(self, average: Average, theta: Tensor, weight: float) -> None:
-        if theta.dtype == average.ema.dtype:
-            average.ema.lerp_(theta, weight)
+    def _absorb(self, ema: Tensor, theta: Tensor, weight: float, kept_in: Tensor | None = None) -> None:
+        """Move the EMA towards θ, and keep a copy of θ on the way if there is a buffer for it."""
+        if theta.dtype == ema.dtype:
+            ema.lerp_(theta if kept_in is None else kept_in.copy_(theta), weight)
             return
-        # No native operation mixes the two dtypes. Converting piece by piece keeps the converted values in the cache.
+        # No native operation mixes two dtypes. Going piece by piece, what is copied and converted is still in the
+        # cache when the EMA needs it.
         if self._scratch is None:
-            self._scratch = torch.empty(SCRATCH_ELEMENTS, dtype=average.ema.dtype, device=self.device)
-        for ema, piece in zip(*(torch.split(whole, SCRATCH_ELEMENTS) for whole in (average.ema, theta)), strict=True):
-            ema.lerp_(self._scratch[: len(piece)].copy_(piece), weight)
+            self._scratch = torch.empty(SCRATCH_ELEMENTS, dtype=ema.dtype, device=self.device)
+        for start in range(0, len(ema), SCRATCH_ELEMENTS):
+            piece = slice(start, start + SCRATCH_ELEMENTS)
+            near = theta[piece] if kept_in is None else kept_in[piece].copy_(theta[piece])
+            ema[piece].lerp_(self._scratch[: len(near)].copy_(near), weight)
 
     def _allocate(self, shard: Shard) -> Average:
         size, dtype = shard.owned.size, shard.parameter.dtype
-        if dtype not in AVERAGED_DTYPES:
-            raise UnsupportedModelError(
-                f"trainable parameter {shard.name!r} is {dtype}: supported are {', '.join(map(str, AVERAGED_DTYPES))}"
-            )
 
         def buffer(dtype: torch.dtype, pinned: bool = False) -> Tensor:
             return torch.empty(size, dtype=dtype, device=self.device, pin_memory=pinned)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from truestep.averaging import ShardedAverages, buffer_device
+from truestep.averaging import ShardedAverages, buffer_device, require_averageable
 from truestep.checkpoint import CheckpointError, SavedState, checkpoint_resumed, checkpoint_written, save_state
 from truestep.collectives import agree, exchange, rank
 from truestep.export import belongs_to_adapter, has_adapter, save_pretrained
 from truestep.schedule import BEMASchedule
-from truestep.topology import Topology, unwrap
+from truestep.topology import Shard, Topology, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,7 @@ class BEMACallback(TrainerCallback):
         """Begin afresh, or from the state in the checkpoint that the training resumes from."""
         self._averages = None
         self._topology = Topology(kwargs["model"])
+        agree(lambda: require_averageable(self._averaged_shards()))
         past_snapshot = state.global_step > self.schedule.update_after
         if past_snapshot and self._restore(checkpoint_resumed(args, state) / STATE_DIRECTORY, state):
             return
@@ -218,7 +219,7 @@ class BEMACallback(TrainerCallback):
             with torch.no_grad():
                 for name, shard in averages.shards.items() if averages is not None else ():
                     shadow = self._shadow_piece(name, shard.parameter.dtype)
-                    values = shadow if shard.owned == shard.held else topology.assemble(name, shadow).view(-1)
+                    values = topology.assemble(name, shadow).view(-1) if shard.is_replicated else shadow
                     live[name] = shard.elements().to(self.device, copy=True)
                     shard.overwrite(values)
                 topology.release()
@@ -237,12 +238,11 @@ class BEMACallback(TrainerCallback):
             raise RuntimeError("there is no shadow yet: it begins with Trainer.train()")
         return self._topology
 
-    def _new_averages(self) -> ShardedAverages:
-        shards = [shard for shard in self._require_training().shards.values() if shard.parameter.requires_grad]
-        return agree(lambda: ShardedAverages(shards, self.device, self.schedule.corrects_bias))
+    def _averaged_shards(self) -> list[Shard]:
+        return [shard for shard in self._require_training().shards.values() if shard.parameter.requires_grad]
 
     def _take_snapshot(self) -> None:
-        self._averages = self._new_averages()
+        self._averages = ShardedAverages(self._averaged_shards(), self.device, self.schedule.corrects_bias)
         self._averages.snapshot()
         self._bias_weight = 0.0
 
@@ -289,7 +289,7 @@ class BEMACallback(TrainerCallback):
                     state.global_step,
                 )
             return False
-        averages = self._new_averages()
+        averages = ShardedAverages(self._averaged_shards(), self.device, self.schedule.corrects_bias)
         self._bias_weight = agree(lambda: self._read_state(directory, averages, state.global_step))
         self._averages = averages
         return True

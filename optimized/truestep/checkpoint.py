@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from truestep.collectives import agree, exchange, rank, world_size
@@ -44,6 +44,8 @@ def checkpoint_resumed(args: TrainingArguments, state: TrainerState) -> Path:
     the Trainer's loop that has called us, so it is looked up there: guessing `output_dir/checkpoint-N` would pick up
     another run's state. A loop of one's own is expected to keep its checkpoints there.
     """
+    from transformers import Trainer  # here, as it imports datasets and pandas
+
     for frame, _ in traceback.walk_stack(None):
         path = frame.f_locals.get("resume_from_checkpoint")
         if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(path, str | os.PathLike):

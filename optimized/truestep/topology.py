@@ -46,7 +46,11 @@ class Shard(ABC):
         shape: Shape of the whole parameter.
         held: The elements that are in this rank's memory.
         owned: The elements that this rank works on, within `held`.
+        is_replicated: Whether every rank holds all elements. The same on every rank, also for a parameter so small
+            that one rank holds all of it by chance: what to communicate is decided by it.
     """
+
+    is_replicated = False
 
     def __init__(self, name: str, parameter: nn.Parameter, shape: torch.Size, held: Extent) -> None:
         self.name = name
@@ -75,6 +79,8 @@ class Shard(ABC):
 
 class ReplicatedShard(Shard):
     """A parameter that is whole on every rank; each owns an even slice of it."""
+
+    is_replicated = True
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         super().__init__(name, parameter, parameter.shape, Extent(0, parameter.numel()))
@@ -193,9 +199,7 @@ class Topology:
     def whole(self, name: str) -> Tensor:
         """The whole live parameter on every rank; not to be written to. Collective where it is sharded."""
         shard = self.shards[name]
-        if shard.held.size == shard.numel:
-            return shard.elements().view(shard.shape)
-        return self.assemble(name, shard.owned_elements())
+        return shard.elements().view(shard.shape) if shard.is_replicated else self.assemble(name, shard.elements())
 
     def release(self) -> None:
         """Drop the whole copies that FSDP2 keeps between forwards, so that the next forward reads the shards."""
