@@ -1,0 +1,1 @@
+"""The suite that holds an implementation of the callbacks against SPEC.md."""

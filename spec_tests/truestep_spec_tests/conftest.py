@@ -1,0 +1,49 @@
+"""Options and fixtures of the suite."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from truestep_fixtures.pytest_ranks import ranks
+
+from truestep_spec_tests.implementation import Implementation
+
+__all__ = ["ranks"]
+
+# What runs on several ranks takes milliseconds that vary with the machine's load.
+settings.register_profile(
+    "suite",
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("fuzz", settings.get_profile("suite"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--implementation",
+        default="truestep",
+        help="what is tested: a package (truestep, truestep_reference, trl, …) or the path of a class",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"implementation under test: {Implementation(config.getoption('--implementation'))}"
+
+
+@pytest.fixture(scope="session")
+def implementation(request: pytest.FixtureRequest) -> Implementation:
+    """The implementation under test."""
+    return Implementation(request.config.getoption("--implementation"))
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The root of the source tree, for tests of the tree itself."""
+    for directory in Path(__file__).parents:
+        if (directory / "tox.ini").is_file():
+            return directory
+    pytest.skip("needs the source tree; this is an installed copy")

@@ -1,0 +1,94 @@
+"""The implementation under test: an argument of the suite, never a patch."""
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from types import ModuleType
+from typing import Any
+
+CALLBACKS = ("BEMACallback",)
+"""The callbacks that the suite tests, by their documented names."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Where the callbacks under test are imported from. Picklable, so that ranks import them for themselves.
+
+    Args:
+        name: A package or module that has the callbacks under their documented names (`truestep`, `trl`,
+            `mypackage.callbacks`), or the path of one class (`mypackage.callbacks.BEMACallback`), which may have
+            another name if it says which callback it is (`BEMACallback=mypackage.averaging.FastBEMA`).
+
+    Raises:
+        ValueError: Nothing can be imported by that name, or it has none of the callbacks.
+
+    Example:
+        >>> Implementation("truestep_reference").BEMACallback.__module__
+        'truestep_reference.bema'
+        >>> Implementation("json")
+        Traceback (most recent call last):
+        ValueError: implementation='json': it has none of BEMACallback
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if not self.offered:
+            raise ValueError(f"implementation={self.name!r}: it has none of {', '.join(CALLBACKS)}")
+
+    @property
+    def BEMACallback(self) -> type[Any]:  # noqa: N802 - the documented name of the class
+        """The class under test."""
+        return self._callback("BEMACallback")
+
+    @property
+    def offered(self) -> list[str]:
+        """Names of the callbacks that it has."""
+        return [callback for callback in CALLBACKS if self._find(callback) is not None]
+
+    @property
+    def version(self) -> str:
+        """Version of the distribution that it is installed from, or else where it lies."""
+        package = self._path.partition(".")[0]
+        distributions = packages_distributions().get(package, [package])
+        try:
+            return version(distributions[0])
+        except PackageNotFoundError:
+            module = importlib.import_module(package)
+            return str(getattr(module, "__version__", f"from {module.__file__}"))
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+    @property
+    def _path(self) -> str:
+        return self.name.rpartition("=")[2]
+
+    def _callback(self, callback: str) -> type[Any]:
+        found = self._find(callback)
+        if found is None:
+            raise ValueError(f"implementation={self.name!r}: it has no {callback}")
+        return found
+
+    def _find(self, callback: str) -> type[Any] | None:
+        module, attribute = _resolve(self.name, self._path)
+        if attribute is None:
+            return getattr(module, callback, None)
+        named = self.name.rpartition("=")[0] or attribute
+        return getattr(module, attribute, None) if named == callback else None
+
+
+def _resolve(argument: str, path: str) -> tuple[ModuleType, str | None]:
+    """The module that `path` leads to, and the class in it where the last part is not a module."""
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise ValueError(f"implementation={argument!r}: {path!r} is not the path of a package or class")
+    try:
+        return importlib.import_module(path), None
+    except ModuleNotFoundError as error:
+        parent, _, attribute = path.rpartition(".")
+        if error.name != path or not parent:
+            raise ValueError(f"implementation={argument!r}: cannot be imported ({error})") from error
+    try:
+        return importlib.import_module(parent), attribute
+    except ModuleNotFoundError as error:
+        raise ValueError(f"implementation={argument!r}: cannot be imported ({error})") from error

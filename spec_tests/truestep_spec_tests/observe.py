@@ -1,0 +1,73 @@
+"""How the suite looks at an implementation's shadow, which is all that it asks of one."""
+
+import copy
+import inspect
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+
+def shows_dtypes(callback: TrainerCallback) -> bool:
+    """Whether the callback shows its shadow in a dtype of one's choice."""
+    method = getattr(callback, "shadow_state_dict", None)
+    return method is not None and "dtype" in inspect.signature(method).parameters
+
+
+def shadow(callback: TrainerCallback, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The shadow that a callback shows on request. Collective.
+
+    Args:
+        callback: It has `shadow_state_dict()`.
+        dtype: The dtype to show it in, if `shows_dtypes`; that of the model by default.
+
+    Returns:
+        Name → whole tensor, of everything in the model's state dict.
+    """
+    state_dict: dict[str, Tensor] = callback.shadow_state_dict(*([] if dtype is None else [dtype]))
+    return state_dict
+
+
+def shadow_at_event(callback: TrainerCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """The shadow at a moment of a training, in the model's dtype. Collective.
+
+    A callback that has no `shadow_state_dict()` is told that the training ends here, with another `output_dir`, and
+    what it saves is its shadow.
+    """
+    if hasattr(callback, "shadow_state_dict"):
+        return shadow(callback)
+    contents: list[dict[str, Tensor] | None] = [None]
+    with tempfile.TemporaryDirectory() as directory:
+        elsewhere = copy.copy(args)
+        elsewhere.output_dir = directory
+        callback.on_train_end(elsewhere, state, control, **kwargs)
+        if state.is_world_process_zero:
+            contents = [{}]
+            for file in sorted(Path(directory, "bema").glob("*.safetensors")):
+                contents[0] |= load_file(file)
+        if dist.is_initialized():
+            dist.broadcast_object_list(contents, src=0)
+    return contents[0] or {}
+
+
+class Watcher(TrainerCallback):
+    """Looks at a callback's shadow after each event that can move it.
+
+    Attributes:
+        shown: The shadow after the last event.
+    """
+
+    def __init__(self, callback: TrainerCallback) -> None:
+        self.shown: dict[str, Tensor] = {}
+        self._callback = callback
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.shown = shadow_at_event(self._callback, args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.shown = shadow_at_event(self._callback, args, state, control, **kwargs)

@@ -1,0 +1,116 @@
+"""One run of a verification and what came of it."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truestep_fixtures.ranks import RankFailure
+
+from truestep_spec_tests.lockstep import Comparisons, Divergence
+from truestep_spec_tests.recording import Trajectory, recorded
+from truestep_spec_tests.runs import (
+    Outcome,
+    Setup,
+    first_difference_in_one_process,
+    follow_in_lockstep,
+    train_in_lockstep,
+)
+from truestep_spec_tests.verify.launch import Launcher
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run came to.
+
+    Attributes:
+        setup: The run.
+        comparisons: Subject against reference, the same on every rank; None if the run crashed.
+        seconds: Of the slowest rank.
+        difference: Where the shadow differs from the one of a single process on the same trajectory, if it does.
+        crash: Every rank's report, if the run crashed.
+        replay: The file to replay a failure from, if there is one.
+    """
+
+    setup: Setup
+    comparisons: Comparisons | None = None
+    seconds: float = math.nan
+    difference: str | None = None
+    crash: RankFailure | None = None
+    replay: Path | None = None
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """The first value outside its bound, if there is one."""
+        return None if self.comparisons is None else self.comparisons.divergence
+
+    @property
+    def verdict(self) -> str:
+        """One word: `equal`, `diverges`, `differs` (bitwise, between topologies) or `crashes`."""
+        if self.crash is not None:
+            return "crashes"
+        if self.divergence is not None:
+            return "diverges"
+        return "equal" if self.difference is None else "differs"
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was found."""
+        return self.verdict == "equal"
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it."""
+        comparisons = self.comparisons or Comparisons()
+        divergence = {} if self.divergence is None else self.divergence._asdict()
+        return {
+            "callback": "BEMACallback",
+            "setup": self.setup.as_dict(),
+            "verdict": self.verdict,
+            "steps_compared": len(comparisons.ratios),
+            "largest_error_over_bound": None if self.comparisons is None else _in_json(comparisons.worst),
+            "error_over_bound_by_step": {step: _in_json(ratio) for step, ratio in comparisons.ratios.items()},
+            "divergence": {what: _in_json(value) for what, value in divergence.items()} or None,
+            "bitwise_difference": self.difference,
+            "crash": None if self.crash is None else str(self.crash),
+            "replay": None if self.replay is None else str(self.replay),
+            "seconds": None if math.isnan(self.seconds) else round(self.seconds, 3),
+        }
+
+
+def _in_json(value: Any) -> Any:
+    """JSON has no infinities and no NaN; they become strings."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check(setup: Setup, launcher: Launcher, directory: Path, counter: Path, trajectory: Path | None = None) -> Result:
+    """Make one run in lockstep, and follow its trajectory once more in a single process.
+
+    Args:
+        setup: The run.
+        launcher: Where ranks come from.
+        directory: For everything that the run writes; of this run alone.
+        counter: A file for the number of the step compared last.
+        trajectory: A recorded trajectory to follow instead of training.
+    """
+    recording = directory / "recording"
+    try:
+        if trajectory is None:
+            outcomes: list[Outcome] = launcher.run(
+                setup.ranks, train_in_lockstep, setup, directory, recording=recording, counter=counter
+            )
+        else:
+            outcomes = launcher.run(
+                setup.ranks, follow_in_lockstep, setup, directory, trajectory, recording=recording, counter=counter
+            )
+        difference = launcher.run_alone(first_difference_in_one_process, setup, recording, directory / "alone")
+    except RankFailure as failure:
+        return Result(setup, crash=failure)
+    return Result(setup, outcomes[0].comparisons, max(outcome.seconds for outcome in outcomes), difference)
+
+
+def keep_for_replay(result: Result, directory: Path, file: Path) -> None:
+    """Write the trajectory of a failed run to one file that `--replay` takes."""
+    steps = {step: theta for step, theta, _ in recorded(directory / "recording")}
+    about = {"setup": result.setup.as_dict(), "divergence": result.divergence, "difference": result.difference}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Trajectory(steps, about).save(file)

@@ -1,0 +1,136 @@
+"""What a verification shows: progress while it runs, a table at the end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from truestep_fixtures.ranks import RankFailure
+
+from truestep_spec_tests.runs import Setup
+from truestep_spec_tests.verify.check import Result
+
+COLOURS = {"equal": "green", "diverges": "red", "differs": "red", "crashes": "red"}
+
+
+class StepColumn(ProgressColumn):
+    """The step that the current run has come to; its ranks write it to a file."""
+
+    def render(self, task: Task) -> Text:
+        counter: Path = task.fields["counter"]
+        try:
+            step = counter.read_text()
+        except OSError:
+            step = ""
+        return Text(f"step {step}" if step else "starting", style="progress.remaining")
+
+
+class Display:
+    """The progress of a verification on a terminal; on a pipe, one line for each run.
+
+    Args:
+        console: Where to.
+        runs: Number of runs.
+        counter: The file that the ranks write the current step to.
+    """
+
+    def __init__(self, console: Console, runs: int, counter: Path) -> None:
+        self._console = console
+        self._counter = counter
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            StepColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("starting", total=runs, counter=counter)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, setup: Setup) -> None:
+        """A run begins."""
+        self._counter.unlink(missing_ok=True)
+        self._progress.update(self._task, description=_name(setup))
+
+    def end(self, result: Result) -> None:
+        """A run has ended."""
+        self._progress.advance(self._task)
+        if not self._console.is_terminal:
+            self._console.print(f"{_name(result.setup)}: {result.verdict}", soft_wrap=True)
+
+
+def show(console: Console, results: Sequence[Result], environment: dict[str, str]) -> None:
+    """Print the table of all runs, what they ran on, and the details of each failure."""
+    # Nine columns that fit into 80 characters.
+    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
+    for heading in (
+        "callback",
+        "topology",
+        "ranks",
+        "dtype",
+        "steps",
+        "error ÷\nbound",
+        "bitwise",
+        "seconds",
+        "verdict",
+    ):
+        numeric = heading in ("ranks", "steps", "error ÷\nbound", "seconds")
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    for result in results:
+        setup, comparisons = result.setup, result.comparisons
+        table.add_row(
+            "BEMA",
+            setup.topology,
+            str(setup.ranks),
+            setup.dtype,
+            "–" if comparisons is None else str(len(comparisons.ratios)),
+            "–" if comparisons is None else f"{comparisons.worst:.3f}",
+            "–" if comparisons is None else ("no" if result.difference else "yes"),
+            "–" if comparisons is None else f"{result.seconds:.1f}",
+            f"[{COLOURS[result.verdict]}]{result.verdict}[/]",
+        )
+    console.print(table)
+    console.print(
+        "error ÷ bound: the largest at any step, against the running rounding-error bound\n"
+        "bitwise: a single process on the same trajectory has the same shadow, bit by bit",
+        style="dim",
+    )
+    console.print(", ".join(f"{name} {value}" for name, value in environment.items()), style="dim", soft_wrap=True)
+    for result in results:
+        if not result.passed:
+            _explain(console, result)
+
+
+def _explain(console: Console, result: Result) -> None:
+    console.print(f"\n[red]{_name(result.setup)} {result.verdict}[/]")
+    for detail in (result.divergence, result.difference, result.crash and _shortened(result.crash)):
+        if detail is not None:
+            console.print(escape(str(detail)), soft_wrap=True)
+    if result.replay is not None:
+        console.print(f"truestep verify --replay {escape(str(result.replay))}", soft_wrap=True)
+
+
+def _shortened(crash: RankFailure, lines: int = 6) -> str:
+    """What became of each rank, with the end of its traceback; all of it is in the report."""
+    return "\n".join(
+        "\n".join([f"rank {report.rank} {report.outcome}", *report.detail.rstrip().splitlines()[-lines:]])
+        for report in crash.reports
+    )
+
+
+def _name(setup: Setup) -> str:
+    return f"BEMA, {setup.topology}, {setup.ranks} rank{'s' if setup.ranks > 1 else ''}, {setup.dtype}"
