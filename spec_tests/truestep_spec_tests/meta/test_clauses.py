@@ -1,0 +1,148 @@
+"""Clauses and tests name each other: no clause without a test, no test of a clause that is not there."""
+
+import ast
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from truestep_spec_tests.meta import specification
+from truestep_spec_tests.meta.mutants import MUTANTS
+from truestep_spec_tests.meta.specification import PACKAGE
+
+# What a clause without a mutant would take to break, and to notice.
+WITHOUT_MUTANT = {"BEMA-9": "a second device"}
+
+# Ids are permanent, so a clause that was dropped leaves a gap, and is named here.
+DROPPED: frozenset[str] = frozenset()
+
+
+class MarkedTest(NamedTuple):
+    """A test function as it stands in its file.
+
+    Attributes:
+        file: The file.
+        name: The function's name, after that of its class if it is in one.
+        clauses: What its own, its class's and its module's `clause` markers name.
+    """
+
+    file: Path
+    name: str
+    clauses: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file.relative_to(PACKAGE)}::{self.name}"
+
+
+def marked_tests(file: Path) -> list[MarkedTest]:
+    """All tests of a file, whichever are selected in this session."""
+    module = ast.parse(file.read_text(encoding="utf-8"), str(file))
+    return list(_tests(module, file, prefix="", inherited=()))
+
+
+def _tests(
+    parent: ast.Module | ast.ClassDef, file: Path, prefix: str, inherited: tuple[str, ...]
+) -> Iterator[MarkedTest]:
+    own = [node.value for node in parent.body if isinstance(node, ast.Assign) and _assigns_marks(node)]
+    inherited = (*inherited, *chain.from_iterable(map(_named_clauses, own)))
+    for node in parent.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            clauses = (*inherited, *chain.from_iterable(map(_named_clauses, node.decorator_list)))
+            if isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
+                yield from _tests(node, file, f"{prefix}{node.name}::", clauses)
+            elif isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+                yield MarkedTest(file, f"{prefix}{node.name}", clauses)
+
+
+def _assigns_marks(node: ast.Assign) -> bool:
+    return any(isinstance(target, ast.Name) and target.id == "pytestmark" for target in node.targets)
+
+
+def _named_clauses(expression: ast.expr) -> Iterator[str]:
+    """The arguments of every `pytest.mark.clause(…)` in an expression, also within `pytest.param(…)`."""
+    for node in ast.walk(expression):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.clause":
+            yield from (ast.literal_eval(argument) for argument in node.args)
+
+
+def demanded_clauses() -> list[str]:
+    """The clauses of the callbacks that are implemented."""
+    implemented = {prefix for prefix, (_, status) in specification.statuses().items() if status == "implemented"}
+    assert implemented
+    return [clause for clause in specification.clauses() if clause.partition("-")[0] in implemented]
+
+
+TESTS = [test for file in sorted(PACKAGE.rglob("test_*.py")) for test in marked_tests(file)]
+
+
+def test_markers_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    file = tmp_path / "test_example.py"
+    file.write_text(
+        "pytestmark = [pytest.mark.gpu, pytest.mark.clause('A-1')]\n"
+        "class TestB:\n"
+        "    pytestmark = pytest.mark.clause('B-1')\n"
+        "    @pytest.mark.clause('B-2', 'B-3')\n"
+        "    @pytest.mark.parametrize('x', [pytest.param(1, marks=pytest.mark.clause('B-4'))])\n"
+        "    def test_c(self): ...\n"
+        "def test_d(): ...\n"
+        "def helper(): ...\n"
+    )
+    expected = [("TestB::test_c", ("A-1", "B-1", "B-2", "B-3", "B-4")), ("test_d", ("A-1",))]
+    assert [(test.name, test.clauses) for test in marked_tests(file)] == expected
+
+
+def test_every_clause_of_an_implemented_callback_is_named_by_a_test() -> None:
+    named = set(chain.from_iterable(test.clauses for test in TESTS))
+    assert [clause for clause in demanded_clauses() if clause not in named] == []
+
+
+def test_every_clause_that_a_test_names_exists() -> None:
+    existing = set(specification.clauses())
+    unknown = [(str(test), clause) for test in TESTS for clause in test.clauses if clause not in existing]
+    assert unknown == []
+
+
+@pytest.mark.parametrize("folder", ["properties", "differential"])
+def test_every_test_of_an_implementation_names_a_clause(folder: str) -> None:
+    tests = [test for test in TESTS if test.file.is_relative_to(PACKAGE / folder)]
+    assert tests
+    assert [str(test) for test in tests if not test.clauses] == []
+
+
+def test_every_clause_that_a_mutant_breaks_exists() -> None:
+    existing = set(specification.clauses())
+    assert {mutant.name: mutant.clause for mutant in MUTANTS if mutant.clause not in existing} == {}
+
+
+def test_every_clause_of_an_implemented_callback_is_broken_by_a_mutant() -> None:
+    broken = {mutant.clause for mutant in MUTANTS}
+    assert [clause for clause in demanded_clauses() if clause not in broken | WITHOUT_MUTANT.keys()] == []
+    assert broken.isdisjoint(WITHOUT_MUTANT)
+
+
+def test_clauses_are_numbered_from_one_in_order_without_gaps() -> None:
+    found = specification.clauses()
+    for prefix, (callback, _) in specification.statuses().items():
+        numbered = sorted(
+            [clause for clause in (*found, *DROPPED) if clause.startswith(f"{prefix}-")],
+            key=lambda clause: int(clause.partition("-")[2]),
+        )
+        assert numbered == [f"{prefix}-{number}" for number in range(1, len(numbered) + 1)], callback
+        assert [clause for clause in numbered if clause not in DROPPED] == [
+            clause for clause in found if clause.startswith(f"{prefix}-")
+        ]
+
+
+def test_every_clause_stands_in_the_section_of_its_callback() -> None:
+    sections = specification.sections()
+    for prefix, (callback, status) in specification.statuses().items():
+        assert status in ("implemented", "specified")
+        in_section = [clause for clause in specification.clauses() if f"**{clause}**" in sections[callback]]
+        assert in_section == [clause for clause in specification.clauses() if clause.startswith(f"{prefix}-")]
+
+
+def test_every_clause_belongs_to_a_callback_with_a_status() -> None:
+    prefixes = {clause.partition("-")[0] for clause in specification.clauses()}
+    assert prefixes == set(specification.statuses())

@@ -1,0 +1,60 @@
+"""Constructors are those that the specification shows."""
+
+import inspect
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+from truestep_reference import BEMACallback as ReferenceBEMACallback
+
+from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.meta.specification import constructor
+
+BEMA_ARGUMENTS = {
+    "update_freq": 3,
+    "ema_power": 0.25,
+    "bias_power": 0.75,
+    "lag": 5,
+    "update_after": 7,
+    "multiplier": 2.0,
+    "min_ema_multiplier": 0.125,
+    "device": "cpu:0",
+}
+
+
+@pytest.fixture(params=["subject", "reference"])
+def bema(request: pytest.FixtureRequest, implementation: Implementation) -> type[Any]:
+    return implementation.BEMACallback if request.param == "subject" else ReferenceBEMACallback
+
+
+def parameters(callback: type[Any]) -> list[tuple[str, Any]]:
+    """Names and defaults; that a parameter can be given by position is part of where it stands."""
+    shown = inspect.signature(callback).parameters.values()
+    assert {parameter.kind for parameter in shown} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    return [(parameter.name, parameter.default) for parameter in shown]
+
+
+@pytest.mark.clause("BEMA-20")
+def test_the_constructor_has_the_documented_names_order_and_defaults(bema: type[Any]) -> None:
+    documented = [(parameter.name, parameter.default) for parameter in constructor("BEMACallback")]
+    assert len(documented) == 8
+    assert parameters(bema) == documented
+
+
+@pytest.mark.clause("BEMA-20")
+def test_defaults_have_the_documented_types(bema: type[Any]) -> None:
+    documented = [(parameter.name, type(parameter.default)) for parameter in constructor("BEMACallback")]
+    assert [(name, type(default)) for name, default in parameters(bema)] == documented
+
+
+@pytest.mark.clause("BEMA-20")
+def test_arguments_can_be_given_by_position_or_by_name(bema: type[Any]) -> None:
+    assert list(BEMA_ARGUMENTS) == [parameter.name for parameter in constructor("BEMACallback")]
+    bema(**BEMA_ARGUMENTS)
+    bema(*BEMA_ARGUMENTS.values())
+
+
+@pytest.mark.clause("BEMA-20")
+def test_it_is_a_trainer_callback(bema: type[Any]) -> None:
+    assert issubclass(bema, TrainerCallback)
+    assert isinstance(bema(), TrainerCallback)

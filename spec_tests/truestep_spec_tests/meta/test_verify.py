@@ -1,0 +1,227 @@
+"""`truestep verify` as its users run it: its exit status, what it prints and what it leaves.
+
+Where a process of its own would add nothing, `main` is called in this one: the command starts its ranks as processes
+in either case.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from truestep_fixtures import models
+from truestep_reference import BEMACallback as ReferenceBEMACallback
+
+from truestep_spec_tests.meta.mutants import MUTANTS, copy_package
+from truestep_spec_tests.verify.command import main
+from truestep_spec_tests.verify.plan import plan
+
+QUICK = "--dtype float32 --steps 4 --output out"
+
+# Of arguments: the exit status and what is printed.
+Verify = Callable[[str], tuple[int, str]]
+
+_BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
+WRONG = _BY_NAME["weights_of_the_average_exchanged"]
+ROUNDS_DIFFERENTLY = _BY_NAME["last_elements_of_a_range_rounded_differently"]
+
+
+@pytest.fixture
+def verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Verify:
+    """Runs the command in this process, in a directory that packages can be imported from."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(arguments: str) -> tuple[int, str]:
+        status = main(arguments.split())
+        return status, capfd.readouterr().out
+
+    return run
+
+
+def run(command: str, directory: Path) -> tuple[int, str]:
+    """Runs a command in a process of its own, in such a directory."""
+    variables = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")])),
+        "CUDA_VISIBLE_DEVICES": "",
+        "COLUMNS": "120",
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=directory,
+        env=variables,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    return process.returncode, process.stdout
+
+
+def report(directory: Path) -> dict[str, Any]:
+    """The report, which any reader of JSON has to understand: Python's own writes and reads `NaN` besides."""
+    text = (directory / "out" / "report.json").read_text(encoding="utf-8")
+    contents: dict[str, Any] = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+    return contents
+
+
+def rows(printed: str) -> list[list[str]]:
+    """The cells of the table's rows."""
+    return [line.split() for line in printed.splitlines() if line.split()[:1] == ["BEMA"]]
+
+
+def test_a_run_that_equals_the_reference_exits_with_0_and_leaves_a_report(verify: Verify, tmp_path: Path) -> None:
+    status, printed = verify(f"--topology single {QUICK}")
+    assert status == 0
+    ((*row, ratio, bitwise, _, verdict),) = rows(printed)
+    assert row == ["BEMA", "single", "1", "float32", "5"]
+    assert (bitwise, verdict) == ("yes", "equal")
+    contents = report(tmp_path)
+    assert contents["passed"] is True
+    assert contents["implementation"].startswith("truestep ")
+    assert {"python", "torch", "transformers", "cpu"} <= contents["environment"].keys()
+    (only,) = contents["runs"]
+    assert only["steps_compared"] == 5
+    assert f"{only['largest_error_over_bound']:.3f}" == ratio
+    assert 0 < only["largest_error_over_bound"] <= 1
+    assert list(only["error_over_bound_by_step"]) == ["0", "1", "2", "3", "4"]
+    assert only["divergence"] is only["bitwise_difference"] is only["replay"] is None
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["report.json"]
+
+
+def test_a_divergence_exits_with_1_and_can_be_replayed(verify: Verify, tmp_path: Path) -> None:
+    copy_package(tmp_path, "package_of_mine", WRONG)
+    status, printed = run(f"-m truestep verify --implementation package_of_mine --topology single {QUICK}", tmp_path)
+    assert status == 1
+    contents = report(tmp_path)
+    (only,) = contents["runs"]
+    divergence = only["divergence"]
+    assert contents["passed"] is False
+    assert only["verdict"] == rows(printed)[0][-1] == "diverges"
+    assert abs(divergence["subject"] - divergence["reference"]) > divergence["bound"]
+    where = f"step {divergence['step']}, rank 0, {divergence['parameter']}{divergence['index']} "
+    for shown in (where, repr(divergence["subject"]), repr(divergence["reference"])):
+        assert shown in printed
+    assert re.search(r"bound \d", printed)
+    (replay,) = re.findall(r"^truestep verify (--replay \S+)$", printed, flags=re.MULTILINE)
+    status, printed = verify(f"{replay} --output out")
+    assert status == 1
+    assert where in printed
+    assert report(tmp_path)["runs"][0]["divergence"] == divergence
+
+
+def test_under_a_launcher_its_ranks_are_used_and_one_of_them_reports(tmp_path: Path) -> None:
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    status, printed = run(f"{launcher} -m truestep verify --topology ddp {QUICK}", tmp_path)
+    assert status == 0
+    ((*row, _, bitwise, _, verdict),) = rows(printed)
+    assert row == ["BEMA", "ddp", "2", "float32", "5"]
+    assert (bitwise, verdict) == ("yes", "equal")
+    assert printed.count("report: ") == 1
+    assert report(tmp_path)["runs"][0]["setup"]["ranks"] == 2
+
+
+class Raises(ReferenceBEMACallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError(f"rank {args.process_index} divides by zero")
+
+
+def test_a_crash_exits_with_1_and_reports_every_rank(verify: Verify, tmp_path: Path) -> None:
+    implementation = f"BEMACallback={__name__}.{Raises.__name__}"
+    status, printed = verify(f"--implementation {implementation} --topology ddp --ranks 2 {QUICK}")
+    assert status == 1
+    assert rows(printed)[0][-1] == "crashes"
+    for rank in (0, 1):
+        assert f"rank {rank} raised" in printed
+    (only,) = report(tmp_path)["runs"]
+    for rank in range(2):
+        assert f"ZeroDivisionError: rank {rank} divides by zero" in only["crash"]
+
+
+class NotANumber(ReferenceBEMACallback):
+    def shadow_state_dict(self) -> dict[str, Tensor]:
+        return {name: torch.full_like(value, math.nan) for name, value in super().shadow_state_dict().items()}
+
+
+def test_the_report_can_be_read_where_values_are_not_finite(verify: Verify, tmp_path: Path) -> None:
+    implementation = f"BEMACallback={__name__}.{NotANumber.__name__}"
+    status, printed = verify(f"--implementation {implementation} --topology single {QUICK}")
+    assert status == 1
+    assert "subject nan" in printed
+    assert report(tmp_path)["runs"][0]["verdict"] == "diverges"
+
+
+def test_what_is_within_the_bound_but_not_bitwise_the_same_exits_with_1(verify: Verify, tmp_path: Path) -> None:
+    copy_package(tmp_path, "rounds_differently", ROUNDS_DIFFERENTLY)
+    # The mistake is in the correction, which the arguments that a seed gives may turn off.
+    place = f"--topology ddp --ranks 2 --model odd --seed {_seed_with_correction()}"
+    status, printed = verify(f"--implementation rounds_differently {place} {QUICK}")
+    assert status == 1
+    ((*_, bitwise, _, verdict),) = rows(printed)
+    assert (bitwise, verdict) == ("no", "differs")
+    (only,) = report(tmp_path)["runs"]
+    assert only["divergence"] is None
+    assert re.match(r"step \d, \w", only["bitwise_difference"])
+    assert (tmp_path / only["replay"]).is_file()
+
+
+def _seed_with_correction() -> int:
+    runs = (plan(implementation="truestep", topologies=["ddp"], ranks=[2], seed=seed) for seed in range(100))
+    return next(seed for seed, (run, *_) in enumerate(runs) if run.hyperparameters["bias_power"] > 0)
+
+
+def test_a_model_of_ones_own_is_taken_from_its_directory(verify: Verify, tmp_path: Path) -> None:
+    models.build("llama", seed=5).save_pretrained(tmp_path / "mine")
+    status, _ = verify(f"--model mine --topology single {QUICK}")
+    assert status == 0
+    assert report(tmp_path)["runs"][0]["setup"]["model"] == "mine"
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory with files that are no trajectories."""
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_text("not safetensors")
+    save_file({}, "model.safetensors")
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--implementation json", "implementation='json': it has none of BEMACallback"),
+        ("--implementation no_such_package", "implementation='no_such_package': cannot be imported"),
+        ("--callback NoSuchCallback", "argument --callback: invalid choice: 'NoSuchCallback'"),
+        ("--topology ring", "argument --topology: invalid choice: 'ring'"),
+        ("--topology single --ranks 2", "--topology and --ranks: no run has these together"),
+        ("--topology ddp --ranks 1", "--topology and --ranks: no run has these together"),
+        ("--ranks 0", "--ranks 0: "),
+        ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
+        ("--steps 0", "--steps 0: must be at least 1"),
+        ("--steps few", "argument --steps: invalid int value: 'few'"),
+        ("--model nowhere", "--model nowhere: neither qwen2, "),
+        ("--replay nowhere", "nowhere"),
+        ("--replay text", "text"),
+        ("--replay model.safetensors", "model.safetensors: not a trajectory"),
+        ("--no-such-option", "unrecognized arguments: --no-such-option"),
+    ],
+)
+def test_arguments_that_do_not_fit_exit_with_2_and_say_why(
+    arguments: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    assert re.search(rf"truestep verify: error: .*{re.escape(message)}", capfd.readouterr().err)
+    assert not Path("truestep-verify").exists()
