@@ -1,6 +1,6 @@
 """The buffers of an exponential moving average over this rank's elements, and how they follow the parameters."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,16 +32,16 @@ def buffer_device(device: str | torch.device) -> torch.device:
     return parsed
 
 
-def require_averageable(shards: Iterable[Shard]) -> None:
+def require_averageable(shards: Mapping[str, Shard]) -> None:
     """Check that parameters have a dtype that can be averaged.
 
     Raises:
         UnsupportedModelError: One has not; it is named.
     """
-    for shard in shards:
+    for name, shard in shards.items():
         if shard.parameter.dtype not in AVERAGED_DTYPES:
             raise UnsupportedModelError(
-                f"trainable parameter {shard.name!r} is {shard.parameter.dtype}; "
+                f"trainable parameter {name!r} is {shard.parameter.dtype}; "
                 f"supported: {', '.join(map(str, AVERAGED_DTYPES))}"
             )
 
@@ -81,13 +81,13 @@ class ShardedAverages:
     communicated. On a GPU with buffers elsewhere, the copy runs beside the training and the EMA follows later.
 
     Args:
-        shards: The parameters to average; each has buffers for its owned range alone.
+        shards: The parameters to average, by name; each has buffers for its owned range alone.
         device: Where the buffers are.
         correct_bias: Whether θ₀ and θ_t are kept for the bias correction.
     """
 
-    def __init__(self, shards: Iterable[Shard], device: torch.device, correct_bias: bool) -> None:
-        self.shards = {shard.name: shard for shard in shards}
+    def __init__(self, shards: Mapping[str, Shard], device: torch.device, correct_bias: bool) -> None:
+        self.shards = shards
         self.device = torch.empty(0, device=device).device  # with its index, as tensors have it
         self._correct_bias = correct_bias
         sources = {shard.elements().device for shard in self.shards.values()}

@@ -13,9 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from truestep.averaging import ShardedAverages, buffer_device, require_averageable
 from truestep.checkpoint import CheckpointError, SavedState, checkpoint_resumed, checkpoint_written, save_state
 from truestep.collectives import agree, exchange, rank
-from truestep.export import belongs_to_adapter, has_adapter, save_pretrained
+from truestep.export import ExportError, belongs_to_adapter, has_adapter, save_pretrained
 from truestep.schedule import BEMASchedule
-from truestep.topology import Shard, Topology, unwrap
+from truestep.topology import Shard, Topology, UnsupportedModelError, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ class BEMACallback(TrainerCallback):
         )
         self.device = buffer_device(device)
         self._topology: Topology | None = None
+        self._trained: dict[str, Shard] = {}
         self._averages: ShardedAverages | None = None
         self._bias_weight = 0.0
         self._swapped_in = False
@@ -103,9 +104,10 @@ class BEMACallback(TrainerCallback):
         """Begin afresh, or from the state in the checkpoint that the training resumes from."""
         self._averages = None
         self._topology = Topology(kwargs["model"])
-        agree(lambda: require_averageable(self._averaged_shards()))
-        past_snapshot = state.global_step > self.schedule.update_after
-        if past_snapshot and self._restore(checkpoint_resumed(args, state) / STATE_DIRECTORY, state):
+        shards = self._topology.shards
+        self._trained = {name: shard for name, shard in shards.items() if shard.parameter.requires_grad}
+        agree(lambda: require_averageable(self._trained), UnsupportedModelError)
+        if state.global_step > 0 and self._restore(checkpoint_resumed(args, state) / STATE_DIRECTORY, state):
             return
         if state.global_step >= self.schedule.update_after:
             self._take_snapshot()
@@ -163,7 +165,8 @@ class BEMACallback(TrainerCallback):
         weights = self._entries(keep=args.should_save, adapter_only=has_adapter(topology.model))
         processing_class = kwargs.get("processing_class")
         agree(
-            lambda: save_pretrained(directory, topology.model, weights, processing_class) if args.should_save else None
+            lambda: save_pretrained(directory, topology.model, weights, processing_class) if args.should_save else None,
+            ExportError,
         )
 
     # Reading the shadow
@@ -238,11 +241,8 @@ class BEMACallback(TrainerCallback):
             raise RuntimeError("there is no shadow yet: it begins with Trainer.train()")
         return self._topology
 
-    def _averaged_shards(self) -> list[Shard]:
-        return [shard for shard in self._require_training().shards.values() if shard.parameter.requires_grad]
-
     def _take_snapshot(self) -> None:
-        self._averages = ShardedAverages(self._averaged_shards(), self.device, self.schedule.corrects_bias)
+        self._averages = ShardedAverages(self._trained, self.device, self.schedule.corrects_bias)
         self._averages.snapshot()
         self._bias_weight = 0.0
 
@@ -253,10 +253,12 @@ class BEMACallback(TrainerCallback):
     def _whole(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """One parameter as the shadow has it, whole, in memory of its own on the CPU."""
         topology = self._require_training()
-        if self._averages is None or name not in self._averages.shards:
-            return topology.whole(name).to("cpu", copy=True)
-        piece = self._shadow_piece(name, dtype or topology.shards[name].parameter.dtype)
-        return topology.assemble(name, piece).cpu()
+        shown_in = topology.shards[name].parameter.dtype
+        if name in self._trained:
+            shown_in = dtype or shown_in
+            if self._averages is not None:
+                return topology.assemble(name, self._shadow_piece(name, shown_in)).cpu()
+        return topology.whole(name).to("cpu", shown_in, copy=True)
 
     def _entries(self, keep: bool, dtype: torch.dtype | None = None, adapter_only: bool = False) -> dict[str, Tensor]:
         """The state dict as the shadow has it; only gathered for others, and empty, unless `keep`."""
@@ -281,7 +283,8 @@ class BEMACallback(TrainerCallback):
     def _restore(self, directory: Path, state: TrainerState) -> bool:
         """Take over the state in a checkpoint; False, with a warning, where it has none."""
         if not any(exchange(SavedState.exists(directory))):
-            if state.is_world_process_zero:
+            # Up to the snapshot there is nothing to lose.
+            if state.is_world_process_zero and state.global_step > self.schedule.update_after:
                 logger.warning(
                     "BEMA: %s has no state of the shadow. What was averaged up to step %d is lost; "
                     "a new average begins with the weights at this step",
@@ -289,8 +292,8 @@ class BEMACallback(TrainerCallback):
                     state.global_step,
                 )
             return False
-        averages = ShardedAverages(self._averaged_shards(), self.device, self.schedule.corrects_bias)
-        self._bias_weight = agree(lambda: self._read_state(directory, averages, state.global_step))
+        averages = ShardedAverages(self._trained, self.device, self.schedule.corrects_bias)
+        self._bias_weight = agree(lambda: self._read_state(directory, averages, state.global_step), CheckpointError)
         self._averages = averages
         return True
 
@@ -303,6 +306,6 @@ class BEMACallback(TrainerCallback):
                     f"{saved.index}: it was saved with {what} {saved.metadata.get(what)!r}, "
                     f"this training has {value!r}; {saved.advice}"
                 )
-        saved.require_shapes(averages.shards)
+        saved.require_parameters(averages.shards)
         saved.read(averages.shards, averages.tensors())
         return float(saved.metadata["bias_weight"])

@@ -68,11 +68,13 @@ def save_state(
         CheckpointError: On every rank, if any rank could not write; `directory` then holds no index.
     """
     index = directory / INDEX
-    agree(lambda: _prepare(directory, index))
+    # The main process comes here once it has written the checkpoint, which other ranks need not have waited for.
+    agree(lambda: _require_checkpoint(directory.parent) if rank() == 0 else None, CheckpointError)
+    agree(lambda: _prepare(directory, index), CheckpointError)
     file = directory / f"rank-{rank():05d}-of-{world_size():05d}.safetensors"
-    pieces = agree(lambda: _write_pieces(file, shards, tensors))
+    pieces = agree(lambda: _write_pieces(file, shards, tensors), CheckpointError)
     everyone = exchange(pieces)
-    agree(lambda: _write_index(index, shards, everyone, metadata) if rank() == 0 else None)
+    agree(lambda: _write_index(index, shards, everyone, metadata) if rank() == 0 else None, CheckpointError)
 
 
 class SavedState:
@@ -84,7 +86,7 @@ class SavedState:
     Attributes:
         index: The file that describes it.
         metadata: What was saved beside the tensors.
-        shapes: Shape of each parameter, by name.
+        parameters: Dtype and shape of each parameter, by name.
 
     Raises:
         CheckpointError: The index cannot be read, or was written in another format.
@@ -97,7 +99,7 @@ class SavedState:
             index = json.loads(self.index.read_text(encoding="utf-8"))
             version = index["format_version"]
             self.metadata: dict[str, Any] = index["metadata"]
-            self.shapes = {name: torch.Size(entry["shape"]) for name, entry in index["parameters"].items()}
+            self.parameters = {name: (entry["dtype"], entry["shape"]) for name, entry in index["parameters"].items()}
             self._pieces = {name: entry["pieces"] for name, entry in index["parameters"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.index}: not a readable index ({error!r}); {self.advice}") from error
@@ -116,18 +118,18 @@ class SavedState:
         """What to do about state that cannot be used."""
         return f"restore it, or delete {self.directory} to start afresh at this step"
 
-    def require_shapes(self, shards: Mapping[str, Shard]) -> None:
+    def require_parameters(self, shards: Mapping[str, Shard]) -> None:
         """Check that the state is of these parameters.
 
         Raises:
-            CheckpointError: Parameters are missing, unknown or of another shape.
+            CheckpointError: Parameters are missing, unknown, or of another dtype or shape.
         """
-        expected = {name: shard.shape for name, shard in shards.items()}
-        for name in [*expected, *self.shapes]:
-            saved, wanted = self.shapes.get(name), expected.get(name)
+        expected = {name: _described(shard) for name, shard in shards.items()}
+        for name in [*expected, *self.parameters]:
+            saved, wanted = self.parameters.get(name), expected.get(name)
             if saved != wanted:
                 raise CheckpointError(
-                    f"{self.index}: parameter {name!r} has shape {_shape(saved)} there and {_shape(wanted)} "
+                    f"{self.index}: parameter {name!r} is {saved or 'absent'} there and {wanted or 'absent'} "
                     f"among the trainable parameters of the model; {self.advice}"
                 )
 
@@ -182,6 +184,11 @@ class SavedState:
         return values
 
 
+def _require_checkpoint(directory: Path) -> None:
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: there is no checkpoint to add state to")
+
+
 def _prepare(directory: Path, index: Path) -> None:
     try:
         directory.mkdir(exist_ok=True)
@@ -203,14 +210,12 @@ def _write_pieces(
             continue
         on_host = {kind: tensor.cpu() for kind, tensor in kinds.items()}
         contents |= {_key(kind, name): tensor for kind, tensor in on_host.items()}
-        checksums = {kind: _checksum(tensor) for kind, tensor in on_host.items()}
-        dtypes = {kind: str(tensor.dtype).removeprefix("torch.") for kind, tensor in on_host.items()}
         pieces[name] = {
             "file": file.name,
             "start": owned.start,
             "stop": owned.stop,
-            "dtypes": dtypes,
-            "crc32": checksums,
+            "dtype": {kind: _name(tensor.dtype) for kind, tensor in on_host.items()},
+            "crc32": {kind: _checksum(tensor) for kind, tensor in on_host.items()},
         }
     try:
         save_file(contents, file)
@@ -223,10 +228,11 @@ def _write_pieces(
 def _write_index(
     index: Path, shards: Mapping[str, Shard], everyone: list[dict[str, dict[str, Any]]], metadata: dict[str, Any]
 ) -> None:
-    parameters = {
-        name: {"shape": list(shard.shape), "pieces": [pieces[name] for pieces in everyone if name in pieces]}
-        for name, shard in shards.items()
-    }
+    parameters = {}
+    for name, shard in shards.items():
+        dtype, shape = _described(shard)
+        pieces = [of_rank[name] for of_rank in everyone if name in of_rank]
+        parameters[name] = {"dtype": dtype, "shape": shape, "pieces": pieces}
     contents = {"format_version": FORMAT_VERSION, "metadata": metadata, "parameters": parameters}
     temporary = index.with_suffix(".tmp")
     try:
@@ -251,8 +257,13 @@ def _key(kind: str, name: str) -> str:
     return f"{kind}/{name}"
 
 
-def _shape(shape: torch.Size | None) -> str:
-    return "none" if shape is None else str(tuple(shape))
+def _described(shard: Shard) -> tuple[str, list[int]]:
+    """A parameter's dtype and shape as the index has them."""
+    return _name(shard.parameter.dtype), list(shard.shape)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _checksum(values: Tensor) -> int:

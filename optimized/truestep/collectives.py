@@ -32,29 +32,35 @@ def exchange(value: object) -> list[Any]:
     return values
 
 
-def agree(attempt: Callable[[], Result]) -> Result:
+def agree(attempt: Callable[[], Result], failure: type[Exception]) -> Result:
     """Run something that may fail on some ranks only, and fail on all of them if it does.
 
     A rank that raised alone would leave the others waiting in their next collective. `attempt` must not communicate.
+
+    Args:
+        attempt: What to run; it may raise anything.
+        failure: What every rank raises then. Its only argument is the message.
 
     Returns:
         What `attempt` returned on this rank.
 
     Raises:
-        Exception: The error of this rank, or else the first one of another rank under its own class.
+        failure: With the message of this rank's error, or else of the first rank's that failed.
     """
     error: Exception | None = None
     try:
         result = attempt()
-    except Exception as raised:
+    except failure as raised:
         error = raised
-    reports = exchange(None if error is None else (type(error), str(error)))
+    except Exception as raised:
+        error = failure(f"{type(raised).__name__}: {raised}")
+        error.__cause__ = raised
+    messages = exchange(None if error is None else str(error))
     if error is not None:
         raise error
-    for other, report in enumerate(reports):
-        if report is not None:
-            kind, message = report
-            raise kind(f"rank {other}: {message}")
+    for other, message in enumerate(messages):
+        if message is not None:
+            raise failure(f"rank {other}: {message}")
     return result
 
 

@@ -6,8 +6,13 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+
+class ExportError(RuntimeError):
+    """A model's directory cannot be written; the message names it."""
 
 
 def belongs_to_adapter(model: nn.Module, key: str) -> bool:
@@ -35,7 +40,7 @@ def save_pretrained(
         processing_class: The tokenizer or processor, saved along if it has `save_pretrained`.
 
     Raises:
-        OSError: The files cannot be written.
+        ExportError: The files cannot be written.
     """
 
     def write(target: Path) -> None:
@@ -47,7 +52,10 @@ def save_pretrained(
         if hasattr(processing_class, "save_pretrained"):
             processing_class.save_pretrained(target)
 
-    _replace_directory(directory, write)
+    try:
+        _replace_directory(directory, write)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{directory}: cannot be written ({error})") from error
 
 
 def _save_plain(file: Path, state_dict: dict[str, Tensor]) -> None:

@@ -179,7 +179,7 @@ class Topology:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.shards = agree(lambda: {shard.name: shard for shard in _shards(model)})
+        self.shards = agree(lambda: {shard.name: shard for shard in _shards(model)}, UnsupportedModelError)
         self.model = unwrap(model)
         self._ranges = self._exchange_ranges()
 
@@ -209,7 +209,7 @@ class Topology:
         """The owned range of every rank, for each parameter."""
         mine = [(shard.name, shard.numel, *shard.owned) for shard in self.shards.values()]
         everyone = exchange(mine)
-        agree(lambda: _require_cover(everyone))
+        agree(lambda: _require_cover(everyone), UnsupportedModelError)
         return {name: [Extent(*of_rank[index][2:]) for of_rank in everyone] for index, (name, *_) in enumerate(mine)}
 
 

@@ -203,10 +203,10 @@ class BEMACallback(TrainerCallback):
         self._names = [name for name, p in whole.named_parameters(self._model).items() if p.requires_grad]
         self._averages = None
         t = state.global_step
-        if t > self.update_after:
+        if t > 0:
             directory = _checkpoint_resumed(args, t) / STATE_DIRECTORY
             self._averages = read_state(directory, self._origin(t), self.device)
-            if self._averages is None and state.is_world_process_zero:
+            if self._averages is None and t > self.update_after and state.is_world_process_zero:
                 logger.warning(
                     f"{directory} holds no state of BEMACallback: the average up to step {t} is lost, and a new "
                     "one starts from a snapshot of the weights here"
