@@ -230,8 +230,8 @@ MUTANTS = (
         "frozen_parameters_averaged",
         "BEMA-7",
         "bema.py",
-        "self._require_training().shards.values() if shard.parameter.requires_grad]",
-        "self._require_training().shards.values()]",
+        "for name, shard in shards.items() if shard.parameter.requires_grad}",
+        "for name, shard in shards.items()}",
         checks.shows_frozen_parameters_live,
     ),
     Mutant(
@@ -370,8 +370,8 @@ MUTANTS = (
         "error_stays_on_its_rank",
         "BEMA-11",
         "collectives.py",
-        "        if report is not None:\n",
-        "        if report is not None and other == rank():\n",
+        "        if message is not None:\n",
+        "        if message is not None and other == rank():\n",
         checks.refuses_a_damaged_state,
     ),
     Mutant(

@@ -1,0 +1,1 @@
+"""Subject and reference side by side, compared at every step."""

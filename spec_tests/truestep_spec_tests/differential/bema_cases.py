@@ -1,0 +1,76 @@
+"""Where the differential tests of BEMA run, what they ask of an implementation, and what happens to it there."""
+
+import logging
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from truestep_fixtures.topologies import TOPOLOGIES
+
+from truestep_spec_tests.implementation import Implementation
+
+DTYPES = ("float32", "bfloat16", "float64", "float16")
+"""Names of the dtypes that parameters may have."""
+
+SHARDED = ("zero3", "zero3_persistent", "fsdp2")
+"""The topologies in which a rank has only a part of the weights."""
+
+
+def placements(*counts: int, topologies: tuple[str, ...] = TOPOLOGIES) -> list[tuple[str, int]]:
+    """Lists topologies with numbers of ranks: a single process, and every other topology at all of `counts`."""
+    distributed = [(topology, count) for topology in topologies if topology != "single" for count in counts]
+    return [("single", 1)] * ("single" in topologies) + distributed
+
+
+PLACEMENTS = [*placements(2, 4), *placements(3, topologies=SHARDED)]
+"""Every topology at 2 and 4 ranks, and at 3, where nothing divides evenly, those that shard."""
+
+
+def require(implementation: Implementation, *methods: str) -> None:
+    """Skips the test if the callback lacks a method that TRL's documentation does not ask for.
+
+    An implementation that offers them is held to everything that is beyond that documentation, also to the files of
+    its state.
+    """
+    missing = [method for method in methods if not hasattr(implementation.BEMACallback, method)]
+    if missing:
+        pytest.skip(f"BEMACallback of {implementation} has no {', '.join(missing)}")
+
+
+@contextmanager
+def logged_warnings() -> Iterator[list[str]]:
+    """Collects the messages of level WARNING that reach the root logger within a `with` block."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno == logging.WARNING:
+                messages.append(record.getMessage())
+
+    collector = Collector()
+    logging.getLogger().addHandler(collector)
+    try:
+        yield messages
+    finally:
+        logging.getLogger().removeHandler(collector)
+
+
+def error_of(action: Callable[[], object]) -> str | None:
+    """The message of the error that an action raises, or None if it raises none."""
+    try:
+        action()
+    except Exception as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def full_disk(room: int = 4096) -> Iterator[None]:
+    """Within a `with` block no file of this process can grow beyond `room` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,0 +1,112 @@
+"""Subject and reference at the same events, compared at every step on every rank, in every topology."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from truestep_fixtures.ranks import RankPool
+from truestep_fixtures.topologies import TOPOLOGIES
+
+from truestep_spec_tests.differential.bema_cases import DTYPES, PLACEMENTS, SHARDED
+from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.properties.bema_cases import hyperparameters
+from truestep_spec_tests.recording import Kind
+from truestep_spec_tests.runs import Outcome, Setup, follow_in_lockstep, train_in_lockstep
+
+Ranks = Callable[[int], RankPool]
+
+# An example takes up to a second on several ranks, and its failure says at which element of which step: it is not
+# worth minutes of shrinking.
+several_ranks = settings(
+    max_examples=max(2, settings.default.max_examples // 40),
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def assert_in_lockstep(outcomes: Sequence[Outcome], steps: int) -> None:
+    for outcome in outcomes:
+        assert outcome.comparisons.divergence is None, str(outcome.comparisons.divergence)
+        assert list(range(steps + 1)) == list(outcome.comparisons.ratios)
+        assert outcomes[0].comparisons.ratios == outcome.comparisons.ratios
+
+
+@pytest.mark.clause("BEMA-1", "BEMA-2", "BEMA-3", "BEMA-4", "BEMA-5", "BEMA-6", "BEMA-7", "BEMA-8", "BEMA-18")
+@pytest.mark.parametrize(("topology", "count"), PLACEMENTS)
+@several_ranks
+@given(
+    arguments=hyperparameters(),
+    kind=st.sampled_from(["walk", "jumps", "cancelling"]),
+    model=st.sampled_from(["odd", "batchnorm"]),
+    dtypes=st.permutations(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_the_shadow_of_any_trajectory_stays_within_the_bound(
+    implementation: Implementation,
+    ranks: Ranks,
+    tmp_path: Path,
+    topology: str,
+    count: int,
+    arguments: dict[str, Any],
+    kind: Kind,
+    model: str,
+    dtypes: list[str],
+    seed: int,
+) -> None:
+    setup = Setup(implementation.name, topology, count, model=model, seed=seed, hyperparameters=arguments)
+    for dtype in dtypes[:2]:
+        directory = Path(mkdtemp(dir=tmp_path))
+        outcomes = ranks(count).run(follow_in_lockstep, setup.on(dtype=dtype), directory, kind=kind)
+        assert_in_lockstep(outcomes, setup.steps)
+
+
+MODELS = ("qwen2", "llama", "gpt2", "tied", "frozen", "lora", "batchnorm", "odd")
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "every step": {"hyperparameters": {"update_freq": 1}},
+    "gradient accumulation": {
+        "hyperparameters": {"update_freq": 2, "update_after": 1},
+        "training": {"gradient_accumulation_steps": 3},
+    },
+    "epochs": {
+        "hyperparameters": {"update_freq": 2, "bias_power": 0.0},
+        "training": {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 3},
+    },
+    "no update": {"hyperparameters": {"update_freq": 1, "update_after": 100}, "steps": 3},
+}
+
+
+def trainings() -> list[Any]:
+    """Every topology with every model; numbers of ranks, dtypes and kinds of training are dealt out over the pairs."""
+    cases = []
+    for row, topology in enumerate(TOPOLOGIES):
+        counts = [1] if topology == "single" else [2, 3, 4] if topology in SHARDED else [2, 4]
+        for column, model in enumerate(MODELS):
+            count = counts[(row + column) % len(counts)]
+            dtype = ("float32", "bfloat16", "float64")[(2 * row + column) % 3]
+            kind = list(TRAININGS)[(row + column + column // 4) % len(TRAININGS)]
+            name = f"{topology}-{count}-{model}-{dtype}-{kind}".replace(" ", "_")
+            cases.append(pytest.param(topology, count, model, dtype, kind, id=name))
+    return cases
+
+
+@pytest.mark.clause("BEMA-1", "BEMA-2", "BEMA-3", "BEMA-4", "BEMA-5", "BEMA-6", "BEMA-7", "BEMA-8", "BEMA-18")
+@pytest.mark.parametrize(("topology", "count", "model", "dtype", "kind"), trainings())
+def test_the_shadow_of_a_real_training_stays_within_the_bound(
+    implementation: Implementation,
+    ranks: Ranks,
+    tmp_path: Path,
+    topology: str,
+    count: int,
+    model: str,
+    dtype: str,
+    kind: str,
+) -> None:
+    setup = Setup(implementation.name, topology, count, dtype, model, steps=5).on(**TRAININGS[kind])
+    rows = 24  # of the default dataset
+    steps = 2 * -(-rows // (3 * count)) if kind == "epochs" else setup.steps
+    assert_in_lockstep(ranks(count).run(train_in_lockstep, setup, tmp_path), steps)
