@@ -100,12 +100,24 @@ class Recorder:
             save_file(tensors, self.directory / f"{step:08d}.safetensors")
 
 
-def recorded(directory: Path) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
-    """The steps that a `Recorder` wrote, in order: the step, θ_t and the shadow, whole."""
-    for file in sorted(directory.glob("*.safetensors")):
-        tensors = load_file(file)
-        split = {
-            part: {key.partition("/")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{part}/")}
-            for part in ("theta", "shadow")
-        }
-        yield int(file.stem), split["theta"], split["shadow"]
+class Recorded(Mapping[int, dict[str, Tensor]]):
+    """One part of what a `Recorder` wrote, step by step; a step is read from its file when it is asked for.
+
+    Args:
+        directory: The recorder's directory.
+        part: "theta" for θ_t, "shadow" for the subject's shadow.
+    """
+
+    def __init__(self, directory: Path, part: Literal["theta", "shadow"]) -> None:
+        self._files = {int(file.stem): file for file in sorted(directory.glob("*.safetensors"))}
+        self._prefix = f"{part}/"
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        tensors = load_file(self._files[step])
+        return {key.removeprefix(self._prefix): value for key, value in tensors.items() if key.startswith(self._prefix)}
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)

@@ -1,7 +1,7 @@
 """What the suite runs on every rank of a pool: trainings and followed trajectories, in lockstep with the reference."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from truestep_fixtures import models, topologies
 from truestep_fixtures.events import Events
+from truestep_fixtures.topologies import Placed
 from truestep_fixtures.training import train
 from truestep_reference import BEMACallback as ReferenceBEMACallback
 
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep import Comparisons, lockstep
 from truestep_spec_tests.observe import Watcher
-from truestep_spec_tests.recording import Kind, Recorder, Trajectory, draw, recorded
+from truestep_spec_tests.recording import Kind, Recorded, Recorder, Trajectory, draw
 
 OnCompared = Callable[[int, dict[str, Tensor], dict[str, Tensor]], None]
 
@@ -140,27 +141,93 @@ def follow_in_lockstep(
         counter: As in `train_in_lockstep`.
     """
     began = time.perf_counter()
-    placed = topologies.place(setup.build_model(), setup.topology, setup.torch_dtype)
-    path = draw(placed.read(), setup.steps, setup.seed, kind) if trajectory is None else Trajectory.load(trajectory)
     callbacks, comparisons = lockstep(
         setup.subject(), setup.reference(), directory / "reference", _observer(recording, counter)
     )
-    for _ in _walk(placed, callbacks, path.steps.items(), setup.steps, directory):
+    points = None if trajectory is None else Trajectory.load(trajectory).steps
+    walk = Walk(setup, directory, callbacks, kind=kind, points=points)
+    walk.begin()
+    for step in list(walk.points)[1:]:
         if comparisons.divergence is not None:
             break
+        walk.go_to(step)
     return Outcome(comparisons, time.perf_counter() - began)
 
 
-def shadows_along(setup: Setup, directory: Path, kind: Kind = "walk") -> dict[int, dict[str, Tensor]]:
-    """The subject's shadow at every step of a trajectory that is drawn from the seed; on every rank."""
-    placed = topologies.place(setup.build_model(), setup.topology, setup.torch_dtype)
-    path = draw(placed.read(), setup.steps, setup.seed, kind)
+class Walk:
+    """The events of a training whose weights follow a trajectory; on every rank.
+
+    Args:
+        setup: The run.
+        directory: The `output_dir` of the training arguments.
+        callbacks: What sees the events, in this order.
+        kind: What kind of trajectory is drawn from the seed.
+        points: The trajectory, instead of a drawn one.
+        placed: The setup's model where it lies already; it is placed in the setup's topology by default.
+
+    Attributes:
+        placed: The model where it lies.
+        points: The parameters at each step, whole, by name.
+        events: What fires the events.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        directory: Path,
+        callbacks: Sequence[TrainerCallback],
+        *,
+        kind: Kind = "walk",
+        points: Mapping[int, Mapping[str, Tensor]] | None = None,
+        placed: Placed | None = None,
+    ) -> None:
+        self.placed = placed or topologies.place(setup.build_model(), setup.topology, setup.torch_dtype)
+        self.points = draw(self.placed.read(), setup.steps, setup.seed, kind).steps if points is None else points
+        # The callbacks are to see the ranks; how the model lies on them is not for the arguments to say.
+        args = topologies.training_arguments(
+            "ddp" if dist.is_initialized() else "single", directory, max_steps=setup.steps
+        )
+        self.events = Events(self.placed.model, args, callbacks)
+
+    def begin(self, step: int = 0) -> None:
+        """Begins a training at a step: at 0, or where it resumes."""
+        self.placed.write(self.points[step])
+        self.events.train_begin(step)
+
+    def go_to(self, step: int) -> None:
+        """Takes the steps up to `step`."""
+        for t in range(self.events.state.global_step + 1, step + 1):
+            self.placed.write(self.points[t])
+            self.events.step(t)
+
+
+def walked(
+    setup: Setup, directory: Path, first: int = 0, last: int | None = None, *, kind: Kind = "walk", save: bool = False
+) -> dict[int, dict[str, Tensor]]:
+    """A new callback of the implementation under test, led over a part of a trajectory; on every rank.
+
+    Args:
+        setup: The run.
+        directory: The `output_dir`, where checkpoints are written and looked for.
+        first: The step that the training begins at; after 0, it resumes from the checkpoint of that step.
+        last: The step that it ends at; the last one by default.
+        kind: What kind of trajectory is drawn.
+        save: Whether a checkpoint is saved at its end.
+
+    Returns:
+        The shadow at each step from `first` on, by the names of the parameters.
+    """
     subject = setup.subject()
     watcher = Watcher(subject)
-    return {
-        step: {name: watcher.shown[name] for name in path.steps[0] if name in watcher.shown}
-        for step in _walk(placed, [subject, watcher], path.steps.items(), setup.steps, directory)
-    }
+    walk = Walk(setup, directory, [subject, watcher], kind=kind)
+    walk.begin(first)
+    shadows = {first: watcher.shown}
+    for step in range(first + 1, (setup.steps if last is None else last) + 1):
+        walk.go_to(step)
+        shadows[step] = watcher.shown
+    if save:
+        walk.events.save()
+    return {step: {name: shown[name] for name in walk.points[0]} for step, shown in shadows.items()}
 
 
 def first_difference_in_one_process(setup: Setup, recording: Path, directory: Path) -> str | None:
@@ -174,18 +241,17 @@ def first_difference_in_one_process(setup: Setup, recording: Path, directory: Pa
     Returns:
         Where the shadow differs from the recorded one for the first time, or None.
     """
-    placed = topologies.place(setup.build_model(), "single", setup.torch_dtype)
     subject = setup.subject()
     watcher = Watcher(subject)
-    shadows = {}
-
-    def trajectory() -> Any:
-        for step, theta, shown in recorded(recording):
-            shadows[step] = shown
-            yield step, theta
-
-    for step in _walk(placed, [subject, watcher], trajectory(), setup.steps, directory):
-        for name, value in shadows.pop(step).items():
+    points = Recorded(recording, "theta")
+    shadows = Recorded(recording, "shadow")
+    walk = Walk(setup.on(topology="single"), directory, [subject, watcher], points=points)
+    for step in points:
+        if step == 0:
+            walk.begin()
+        else:
+            walk.go_to(step)
+        for name, value in shadows[step].items():
             if not same_bits(watcher.shown[name], value):
                 return f"step {step}, {name}"
     return None
@@ -208,19 +274,3 @@ def _observer(recording: Path | None, counter: Path | None) -> OnCompared:
             counter.write_text(str(step))
 
     return on_compared
-
-
-def _walk(
-    placed: topologies.Placed, callbacks: list[TrainerCallback], trajectory: Any, steps: int, directory: Path
-) -> Any:
-    """Write each step's weights and fire its events; yields the step after each."""
-    plain = "ddp" if dist.is_initialized() else "single"
-    args = topologies.training_arguments(plain, directory, max_steps=steps)
-    events = Events(placed.model, args, callbacks)
-    for step, theta in trajectory:
-        placed.write(theta)
-        if step == 0:
-            events.train_begin()
-        else:
-            events.step(step)
-        yield step

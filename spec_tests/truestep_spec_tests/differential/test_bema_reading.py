@@ -20,10 +20,9 @@ from truestep_fixtures.training import train
 
 from truestep_spec_tests.differential.bema_cases import error_of, placements, require
 from truestep_spec_tests.differential.traffic import Message, messages_of
-from truestep_spec_tests.differential.walk import Walk
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep import Comparisons, lockstep
-from truestep_spec_tests.runs import Setup, same_bits
+from truestep_spec_tests.runs import Setup, Walk, same_bits
 
 Ranks = Callable[[int], RankPool]
 Weights = dict[str, Tensor]

@@ -24,11 +24,10 @@ from truestep_fixtures.topologies import training_arguments
 from truestep_fixtures.training import train
 
 from truestep_spec_tests.differential.bema_cases import error_of, full_disk, logged_warnings, placements, require
-from truestep_spec_tests.differential.walk import Walk, walked
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep import Comparisons, lockstep
 from truestep_spec_tests.observe import Watcher
-from truestep_spec_tests.runs import Setup, same_bits
+from truestep_spec_tests.runs import Setup, Walk, same_bits, walked
 
 Ranks = Callable[[int], RankPool]
 

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from truestep_fixtures.ranks import RankPool
 
-from truestep_spec_tests.differential.walk import walked
 from truestep_spec_tests.meta import faults
-from truestep_spec_tests.runs import Setup, follow_in_lockstep
+from truestep_spec_tests.runs import Setup, follow_in_lockstep, walked
 
 # With these, a wrong step, weight or instant shows within a few steps.
 SCHEDULE = {"update_freq": 2, "update_after": 3, "lag": 1, "ema_power": 0.6, "bias_power": 0.3}

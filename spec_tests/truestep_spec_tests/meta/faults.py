@@ -14,12 +14,11 @@ from truestep_fixtures import data, topologies
 from truestep_fixtures.events import Events
 from truestep_fixtures.training import train
 
-from truestep_spec_tests.differential.walk import Walk
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.meta.specification import constructor
 from truestep_spec_tests.observe import shadow
 from truestep_spec_tests.properties.bema_cases import BAD_ARGUMENTS, BAD_SCHEDULES, Weights
-from truestep_spec_tests.runs import Setup, same_bits
+from truestep_spec_tests.runs import Setup, Walk, same_bits
 
 Values = Mapping[str, Tensor]
 

@@ -14,7 +14,7 @@ from truestep_fixtures.ranks import RankPool
 from truestep_reference import BEMACallback as ReferenceBEMACallback
 
 from truestep_spec_tests.lockstep import Comparisons, Divergence
-from truestep_spec_tests.recording import Recorder, Trajectory, draw, recorded
+from truestep_spec_tests.recording import Recorded, Recorder, Trajectory, draw
 from truestep_spec_tests.runs import Outcome, Setup, follow_in_lockstep, same_bits, train_in_lockstep
 
 Ranks = Callable[[int], RankPool]
@@ -272,9 +272,9 @@ def test_what_a_recorder_writes_is_read_in_order(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     for step in reversed(trajectory.steps):
         recorder(step, trajectory.steps[step], {"x.y": torch.full((3,), float(step))})
-    found = list(recorded(tmp_path))
-    assert [step for step, _, _ in found] == list(range(12))
-    for step, theta, shadow in found:
+    thetas, shadows = Recorded(tmp_path, "theta"), Recorded(tmp_path, "shadow")
+    assert list(thetas) == list(shadows) == list(range(12))
+    for step, theta in thetas.items():
         # What has no shadow is not part of the trajectory that the callback sees.
         assert_same_steps({step: {"x.y": trajectory.steps[step]["x.y"]}}, {step: theta})
-        assert shadow["x.y"].tolist() == [step] * 3
+        assert shadows[step]["x.y"].tolist() == [step] * 3

@@ -8,7 +8,7 @@ from typing import Any
 from truestep_fixtures.ranks import RankFailure
 
 from truestep_spec_tests.lockstep import Comparisons, Divergence
-from truestep_spec_tests.recording import Trajectory, recorded
+from truestep_spec_tests.recording import Recorded, Trajectory
 from truestep_spec_tests.runs import (
     Outcome,
     Setup,
@@ -110,7 +110,7 @@ def check(setup: Setup, launcher: Launcher, directory: Path, counter: Path, traj
 
 def keep_for_replay(result: Result, directory: Path, file: Path) -> None:
     """Write the trajectory of a failed run to one file that `--replay` takes."""
-    steps = {step: theta for step, theta, _ in recorded(directory / "recording")}
+    steps = dict(Recorded(directory / "recording", "theta"))
     about = {"setup": result.setup.as_dict(), "divergence": result.divergence, "difference": result.difference}
     file.parent.mkdir(parents=True, exist_ok=True)
     Trajectory(steps, about).save(file)
