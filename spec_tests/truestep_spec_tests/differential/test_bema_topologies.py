@@ -98,6 +98,8 @@ def walk_through_extremes(setup: Setup, directory: Path) -> Shadows:
         walk.go_to(step)
         shown = subject.shadow_state_dict()
         shadows[step] = {name: shown[name] for name in point}
+        if step <= setup.hyperparameters["update_after"]:
+            assert all(same_bits(value, shown[name]) for name, value in point.items())
     return shadows
 
 
@@ -243,7 +245,7 @@ def test_the_shadow_of_a_trajectory_has_the_same_bits_as_in_one_process(
         assert_same_shadows(expected, actual)
 
 
-@pytest.mark.clause("BEMA-12")
+@pytest.mark.clause("BEMA-1", "BEMA-12")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("topology", "count"), [("ddp", 3), ("zero3", 2), ("fsdp2", 3)])
 def test_extreme_numbers_have_the_same_bits_as_in_one_process(
