@@ -1,7 +1,7 @@
 """Callbacks for the Hugging Face Trainer that match their written specification at every step.
 
-Importing this package imports torch, transformers and accelerate. DeepSpeed, PEFT and the trackers are imported
-when a training that uses them begins.
+Importing this package imports torch, transformers and accelerate. DeepSpeed, PEFT and the trackers
+are left to the trainings that use them.
 """
 
 from truestep.bema import BEMACallback

@@ -78,7 +78,7 @@ class ShardedAverages:
         EMA_t = EMA + β (θ_t - EMA), \qquad θ'_t = EMA_t + α (θ_t - θ_0)
 
     An update reads θ_t and EMA once and writes EMA once (`lerp_`), plus one copy of θ_t for the reader. Nothing is
-    communicated. On a GPU with buffers elsewhere, the copy runs beside the training and the EMA follows later.
+    communicated. From a GPU to buffers on the host, the copy runs beside the training, and `settle` moves the EMA.
 
     Args:
         shards: The parameters to average, by name; each has buffers for its owned range alone.

@@ -1,5 +1,6 @@
 """Bias-corrected exponential moving average of the weights, sharded over the ranks."""
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from truestep.averaging import ShardedAverages, buffer_device, require_averageable
-from truestep.checkpoint import CheckpointError, SavedState, checkpoint_resumed, checkpoint_written, save_state
+from truestep.checkpoint import (
+    CheckpointError,
+    SavedState,
+    checkpoint_resumed,
+    checkpoint_written,
+    discard_state,
+    save_state,
+)
 from truestep.collectives import agree, exchange, rank
-from truestep.export import ExportError, belongs_to_adapter, has_adapter, save_pretrained
+from truestep.export import ExportError, has_adapter, has_learned_prompt, is_saved_with_adapter, save_pretrained
 from truestep.schedule import BEMASchedule
 from truestep.topology import Shard, Topology, UnsupportedModelError, unwrap
 
@@ -50,7 +58,8 @@ class BEMACallback(TrainerCallback):
         update_after: τ, the step of the snapshot; at least 0.
         multiplier: γ, speed of the schedule; not negative.
         min_ema_multiplier: β_min, lower bound of β; in [0, 1].
-        device: Where the buffers are. On "cpu", a training on a GPU does not wait for them.
+        device: Where the buffers are. To "cpu", a GPU copies its weights beside the training; the host moves the
+            average at the end of the next step.
 
     Raises:
         ValueError: An argument is outside its range, or ρ + γ·(τ + φ) < 1, or the device does not exist here.
@@ -102,11 +111,13 @@ class BEMACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin afresh, or from the state in the checkpoint that the training resumes from."""
-        self._averages = None
+        self._topology, self._averages = None, None
+        if state.is_hyper_param_search and state.is_world_process_zero:
+            logger.warning("BEMA: in a hyperparameter search checkpoints get no state of the shadow")
         self._topology = Topology(kwargs["model"])
         shards = self._topology.shards
         self._trained = {name: shard for name, shard in shards.items() if shard.parameter.requires_grad}
-        agree(lambda: require_averageable(self._trained), UnsupportedModelError)
+        agree(self._require_supported, UnsupportedModelError)
         if state.global_step > 0 and self._restore(checkpoint_resumed(args, state) / STATE_DIRECTORY, state):
             return
         if state.global_step >= self.schedule.update_after:
@@ -115,6 +126,7 @@ class BEMACallback(TrainerCallback):
     @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the snapshot at t = τ, update at the update instants."""
+        self._require_training()
         if self._swapped_in:
             raise RuntimeError(
                 "a training step ended inside `with shadow_weights(...)`: leave the block before training"
@@ -128,11 +140,22 @@ class BEMACallback(TrainerCallback):
         else:
             self._averages.settle()
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Finish an update that is under way, before the Trainer may load its best model over the weights."""
+        if self._averages is not None:
+            self._averages.settle()
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add this callback's state to the checkpoint that the Trainer has just written."""
-        if self._averages is None:
+        if state.is_hyper_param_search:  # its checkpoints lie where the trial's number leads
             return
         directory = checkpoint_written(args, state) / STATE_DIRECTORY
+        if self._averages is None:
+            if state.is_world_process_zero:
+                discard_state(directory)
+            return
         metadata = {
             "callback": type(self).__name__,
             "step": state.global_step,
@@ -241,6 +264,14 @@ class BEMACallback(TrainerCallback):
             raise RuntimeError("there is no shadow yet: it begins with Trainer.train()")
         return self._topology
 
+    def _require_supported(self) -> None:
+        require_averageable(self._trained)
+        if has_learned_prompt(self._require_training().model):
+            raise UnsupportedModelError(
+                "the PEFT adapter is a learned prompt, which PEFT saves from the live weights only; "
+                "supported: adapters with weights of their own, such as LoRA"
+            )
+
     def _take_snapshot(self) -> None:
         self._averages = ShardedAverages(self._trained, self.device, self.schedule.corrects_bias)
         self._averages.snapshot()
@@ -267,17 +298,23 @@ class BEMACallback(TrainerCallback):
         entries: dict[str, Tensor] = {}
         first_keys: dict[str, str] = {}
         for key, value in topology.model.state_dict(keep_vars=True).items():
-            if adapter_only and not belongs_to_adapter(topology.model, key):
+            if adapter_only and not is_saved_with_adapter(topology.model, key, value):
                 continue
             name = names.get(id(value))
             if name is None:
-                entries |= {key: value.detach().to("cpu", copy=True)} if keep else {}
+                entries |= {key: _copied(value)} if keep else {}
             elif name not in first_keys:
                 first_keys[name] = key
                 whole = self._whole(name, dtype)
                 entries |= {key: whole} if keep else {}
             elif keep:
                 entries[key] = entries[first_keys[name]]
+        unseen = self._trained.keys() - first_keys.keys()
+        if unseen:
+            raise RuntimeError(
+                f"the model's state_dict() does not contain its trainable parameters {sorted(unseen)} themselves: "
+                "an override or a hook has put others in their places"
+            )
         return entries
 
     def _restore(self, directory: Path, state: TrainerState) -> bool:
@@ -307,5 +344,13 @@ class BEMACallback(TrainerCallback):
                     f"this training has {value!r}; {saved.advice}"
                 )
         saved.require_parameters(averages.shards)
-        saved.read(averages.shards, averages.tensors())
-        return float(saved.metadata["bias_weight"])
+        try:
+            saved.read(averages.shards, averages.tensors())
+            return float(saved.metadata["bias_weight"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{saved.index}: damaged ({error!r}); {saved.advice}") from error
+
+
+def _copied(value: Any) -> Any:
+    """An entry of a state dict that is no parameter: a buffer, or what a module's `get_extra_state` gives."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -70,11 +70,17 @@ def save_state(
     index = directory / INDEX
     # The main process comes here once it has written the checkpoint, which other ranks need not have waited for.
     agree(lambda: _require_checkpoint(directory.parent) if rank() == 0 else None, CheckpointError)
-    agree(lambda: _prepare(directory, index), CheckpointError)
+    agree(lambda: _prepare(directory), CheckpointError)
     file = directory / f"rank-{rank():05d}-of-{world_size():05d}.safetensors"
     pieces = agree(lambda: _write_pieces(file, shards, tensors), CheckpointError)
     everyone = exchange(pieces)
     agree(lambda: _write_index(index, shards, everyone, metadata) if rank() == 0 else None, CheckpointError)
+
+
+def discard_state(directory: Path) -> None:
+    """Remove state that an earlier training has left in a checkpoint that was written again. On the main process."""
+    for stale in (directory / INDEX, *directory.glob("rank-*.safetensors")):
+        stale.unlink(missing_ok=True)
 
 
 class SavedState:
@@ -189,11 +195,10 @@ def _require_checkpoint(directory: Path) -> None:
         raise CheckpointError(f"{directory}: there is no checkpoint to add state to")
 
 
-def _prepare(directory: Path, index: Path) -> None:
+def _prepare(directory: Path) -> None:
     try:
         directory.mkdir(exist_ok=True)
-        for stale in (index, *directory.glob("rank-*.safetensors")):
-            stale.unlink(missing_ok=True)
+        discard_state(directory)
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be written ({error})") from error
 

@@ -15,14 +15,28 @@ class ExportError(RuntimeError):
     """A model's directory cannot be written; the message names it."""
 
 
-def belongs_to_adapter(model: nn.Module, key: str) -> bool:
-    """Whether an entry of the state dict is part of a PEFT adapter: one of the adapters' names is in its path."""
-    return not set(key.split(".")).isdisjoint(getattr(model, "peft_config", {}))
-
-
 def has_adapter(model: nn.Module) -> bool:
     """Whether `save_pretrained` of the model writes a PEFT adapter instead of the model."""
     return bool(getattr(model, "peft_config", None))
+
+
+def has_learned_prompt(model: nn.Module) -> bool:
+    """Whether PEFT trains a prompt: it saves what it computes from the live prompt, whatever it is given."""
+    configs = getattr(model, "peft_config", {}).values()
+    return any(getattr(config, "is_prompt_learning", False) for config in configs)
+
+
+def is_saved_with_adapter(model: nn.Module, key: str, value: object) -> bool:
+    """Whether PEFT may want an entry of the state dict to save an adapter.
+
+    That is what is trained, what has an adapter's name in its path, and the embeddings, which PEFT saves along where
+    they are a target or were resized. The rest of the base model would be gathered for nothing.
+    """
+    if getattr(value, "requires_grad", False) or not set(key.split(".")).isdisjoint(getattr(model, "peft_config", {})):
+        return True
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    embeddings = (getter() for getter in getters if getter is not None)
+    return any(value is parameter for module in embeddings if module is not None for parameter in module.parameters())
 
 
 def save_pretrained(
@@ -60,12 +74,14 @@ def save_pretrained(
 
 def _save_plain(file: Path, state_dict: dict[str, Tensor]) -> None:
     """A plain module's weights; the metadata names a tied entry's twin, as `load_model` expects it."""
+    # A module's `get_extra_state` may give anything; the file holds tensors.
+    tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
     first_key: dict[int, str] = {}
     tied: dict[str, str] = {}
-    for key, tensor in state_dict.items():
+    for key, tensor in tensors.items():
         if first_key.setdefault(id(tensor), key) != key:
             tied[key] = first_key[id(tensor)]
-    contents = {key: tensor.contiguous() for key, tensor in state_dict.items() if key not in tied}
+    contents = {key: tensor.contiguous() for key, tensor in tensors.items() if key not in tied}
     save_file(contents, file, metadata={"format": "pt", **tied})
 
 
@@ -78,6 +94,11 @@ def _replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
         write(new)
         if directory.exists():
             directory.rename(old)
-        new.rename(directory)
+        try:
+            new.rename(directory)
+        except OSError:
+            if old.exists():
+                old.rename(directory)
+            raise
     finally:
         shutil.rmtree(workspace, ignore_errors=True)

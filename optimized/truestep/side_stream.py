@@ -11,14 +11,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 class SideStream:
     """A CUDA stream for copies of live parameters into pinned host memory.
 
-    Three orders have to hold, and each is kept by an event on the device, without blocking the host:
+    Three orders have to hold, and each is kept by an event on the device:
 
     - the copy starts after the optimizer step that wrote the parameters;
     - the next optimizer step writes them only after the copy has read them;
     - the host reads the copy only after it has arrived (`wait`).
 
     The second is kept by a hook that torch calls before any optimizer's step, since DeepSpeed steps inside its
-    backward, before the Trainer's own events.
+    backward, before the Trainer's own events. Whoever else writes parameters has to `wait` first.
 
     Args:
         device: The GPU that holds the parameters.

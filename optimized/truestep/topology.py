@@ -227,9 +227,9 @@ def _shards(model: nn.Module) -> Iterable[Shard]:
     # Between a forward and the next backward FSDP2 can have whole tensors in the places of its DTensors.
     _reshard(inner)
     for name, parameter in inner.named_parameters():
-        # DeepSpeed marks the parameters of expert parallelism so: ranks hold different experts under one name.
-        if not getattr(parameter, "allreduce", True):
-            raise UnsupportedModelError(f"parameter {name!r} is expert-parallel; supported: {SUPPORTED}")
+        # DeepSpeed marks so what lies whole on every rank but is another part of the model on each.
+        if not getattr(parameter, "allreduce", True) or getattr(parameter, "tensor_model_parallel", False):
+            raise UnsupportedModelError(f"parameter {name!r} is expert- or tensor-parallel; supported: {SUPPORTED}")
         if hasattr(parameter, "ds_tensor"):
             yield ZeroPartition(name, parameter)
         elif hasattr(parameter, "device_mesh"):

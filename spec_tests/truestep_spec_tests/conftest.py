@@ -30,6 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "clause(*ids): the clauses of SPEC.md that the test holds")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"implementation under test: {Implementation(config.getoption('--implementation'))}"
 

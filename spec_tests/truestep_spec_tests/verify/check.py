@@ -46,11 +46,13 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """One word: `equal`, `diverges`, `differs` (bitwise, between topologies) or `crashes`."""
+        """`equal`, `diverges`, `differs` (bitwise, between topologies), `stops early` or `crashes`."""
         if self.crash is not None:
             return "crashes"
         if self.divergence is not None:
             return "diverges"
+        if self.comparisons is None or len(self.comparisons.ratios) != self.setup.steps + 1:
+            return "stops early"
         return "equal" if self.difference is None else "differs"
 
     @property

@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "compare them at every step. Under torchrun it uses the ranks and devices that it was started with.",
     )
     add = arguments.add_argument
-    add("--implementation", default="truestep", help="a package (truestep, trl, …) or the path of a class")
+    add("--implementation", help="a package (truestep, the default; trl; …) or the path of a class")
     add("--callback", action="append", choices=CALLBACKS, help="only this one (may be repeated)")
     add("--topology", action="append", choices=TOPOLOGIES, help="only this one (may be repeated)")
     add("--ranks", action="append", type=int, metavar="N", help="only this world size (may be repeated)")
@@ -68,8 +68,12 @@ def parser() -> argparse.ArgumentParser:
 
 def _setups(options: argparse.Namespace, ranks: Launcher) -> list[Setup]:
     if options.replay is not None:
-        return [Setup(**Trajectory.load(options.replay).about["setup"])]
-    Implementation(options.implementation)
+        trajectory = Trajectory.load(options.replay)
+        setup = Setup(**trajectory.about["setup"]).on(steps=max(trajectory.steps))
+        if ranks.world_sizes and setup.ranks not in ranks.world_sizes:
+            raise ValueError(f"--replay {options.replay}: it is of {setup.ranks} ranks")
+        return [setup.on(implementation=Implementation(options.implementation or setup.implementation).name)]
+    implementation = Implementation(options.implementation or "truestep").name
     if options.model not in MODELS and not Path(options.model, "config.json").is_file():
         raise ValueError(
             f"--model {options.model}: neither {', '.join(MODELS)} nor a model directory with a config.json"
@@ -82,7 +86,7 @@ def _setups(options: argparse.Namespace, ranks: Launcher) -> list[Setup]:
         if ranks.world_sizes and size not in ranks.world_sizes:
             raise ValueError(f"--ranks {size}: the launcher has started {ranks.world_sizes[0]}")
     setups = plan(
-        implementation=options.implementation,
+        implementation=implementation,
         topologies=options.topology or (),
         ranks=options.ranks or ranks.world_sizes,
         dtypes=options.dtype or (),

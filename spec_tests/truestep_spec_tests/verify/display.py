@@ -15,7 +15,7 @@ from truestep_fixtures.ranks import RankFailure
 from truestep_spec_tests.runs import Setup
 from truestep_spec_tests.verify.check import Result
 
-COLOURS = {"equal": "green", "diverges": "red", "differs": "red", "crashes": "red"}
+COLOURS = {"equal": "green", "diverges": "red", "differs": "red", "stops early": "red", "crashes": "red"}
 
 
 class StepColumn(ProgressColumn):

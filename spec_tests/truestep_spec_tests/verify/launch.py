@@ -97,10 +97,15 @@ class ExistingWorld:
         return [result for _, result in everyone]
 
     def run_alone(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        result: list[Any] = [None]
+        result: list[Any] = [None, None]
         if self.is_main:
-            result = [self._alone.run_alone(function, *args, **kwargs)]
+            try:
+                result[0] = self._alone.run_alone(function, *args, **kwargs)
+            except RankFailure as failure:
+                result[1] = failure.reports
         dist.broadcast_object_list(result, src=0)
+        if result[1] is not None:
+            raise RankFailure(function.__name__, result[1])
         return result[0]
 
     def __enter__(self) -> Self:

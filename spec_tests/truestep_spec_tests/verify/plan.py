@@ -72,8 +72,9 @@ def _dtypes(topology: str, ranks: int, everything: bool) -> tuple[str, ...]:
 
 def _hyperparameters(draw: random.Random, steps: int) -> dict[str, float]:
     return {
-        "update_freq": draw.choice([1, 2, 3]),
-        "update_after": draw.choice([0, 1, steps // 3]),
+        # At least one update, however few steps there are.
+        "update_freq": min(draw.choice([1, 2, 3]), max(1, steps // 2)),
+        "update_after": min(draw.choice([0, 1, steps // 3]), steps // 2),
         "ema_power": draw.choice([0.2, 0.5, 0.9]),
         "bias_power": draw.choice([0.0, 0.2, 0.6]),
         "lag": draw.choice([1, 10]),
