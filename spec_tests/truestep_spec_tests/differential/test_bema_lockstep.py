@@ -85,10 +85,10 @@ def trainings() -> list[Any]:
     cases = []
     for row, topology in enumerate(TOPOLOGIES):
         counts = [1] if topology == "single" else [2, 3, 4] if topology in SHARDED else [2, 4]
-        for column, model in list(enumerate(MODELS))[row % 2 :: 2]:
+        for column, model in enumerate(MODELS[row % 2 :: 2]):
             count = counts[(row + column) % len(counts)]
             dtype = ("float32", "bfloat16", "float64")[(2 * row + column) % 3]
-            kind = list(TRAININGS)[(row + column + column // 4) % len(TRAININGS)]
+            kind = list(TRAININGS)[(row + column + column // 2) % len(TRAININGS)]
             name = f"{topology}-{count}-{model}-{dtype}-{kind}".replace(" ", "_")
             cases.append(pytest.param(topology, count, model, dtype, kind, id=name))
     return cases
