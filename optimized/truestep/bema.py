@@ -152,10 +152,6 @@ class BEMACallback(TrainerCallback):
         if state.is_hyper_param_search:  # its checkpoints lie where the trial's number leads
             return
         directory = checkpoint_written(args, state) / STATE_DIRECTORY
-        if self._averages is None:
-            if state.is_world_process_zero:
-                discard_state(directory)
-            return
         metadata = {
             "callback": type(self).__name__,
             "step": state.global_step,
@@ -163,7 +159,10 @@ class BEMACallback(TrainerCallback):
             "hyperparameters": self.schedule.hyperparameters(),
         }
         try:
-            save_state(directory, self._averages.shards, self._averages.tensors(), metadata)
+            if self._averages is not None:
+                save_state(directory, self._averages.shards, self._averages.tensors(), metadata)
+            elif state.is_world_process_zero:
+                discard_state(directory)
         except CheckpointError as error:
             if state.is_world_process_zero:
                 logger.warning(

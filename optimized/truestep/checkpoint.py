@@ -78,9 +78,16 @@ def save_state(
 
 
 def discard_state(directory: Path) -> None:
-    """Remove state that an earlier training has left in a checkpoint that was written again. On the main process."""
-    for stale in (directory / INDEX, *directory.glob("rank-*.safetensors")):
-        stale.unlink(missing_ok=True)
+    """Remove state that an earlier training has left in a checkpoint that was written again.
+
+    Raises:
+        CheckpointError: It cannot be removed.
+    """
+    try:
+        for stale in (directory / INDEX, *directory.glob("rank-*.safetensors")):
+            stale.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be written ({error})") from error
 
 
 class SavedState:
@@ -198,9 +205,9 @@ def _require_checkpoint(directory: Path) -> None:
 def _prepare(directory: Path) -> None:
     try:
         directory.mkdir(exist_ok=True)
-        discard_state(directory)
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be written ({error})") from error
+    discard_state(directory)
 
 
 def _write_pieces(

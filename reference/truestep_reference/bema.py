@@ -200,6 +200,7 @@ class BEMACallback(TrainerCallback):
         """Forgets the last training. Takes the snapshot if τ = 0, or continues from a checkpoint if t > 0."""
         assert model is not None, "a trainer hands its model to every event"
         self._model = whole.unwrap(model)
+        whole.require_supported(self._model)
         self._names = [name for name, p in whole.named_parameters(self._model).items() if p.requires_grad]
         self._averages = None
         t = state.global_step

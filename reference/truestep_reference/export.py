@@ -27,7 +27,7 @@ def has_save_pretrained(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel)
 
 
-def write_model(directory: Path, model: nn.Module, state_dict: Mapping[str, Tensor], processing_class: Any) -> None:
+def write_model(directory: Path, model: nn.Module, state_dict: Mapping[str, Any], processing_class: Any) -> None:
     """Writes a directory from which the shadow can be loaded, in place of an earlier one once it is complete.
 
     A transformers model is for ``from_pretrained`` and brings its config and generation config along; a PEFT
@@ -52,16 +52,17 @@ def write_model(directory: Path, model: nn.Module, state_dict: Mapping[str, Tens
     partial.rename(directory)
 
 
-def one_name_each(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drops every name but the first of a tensor that has several: files hold no ties.
+def one_name_each(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Drops every name but the first of a tensor that has several, and what is no tensor: files hold neither.
 
     Args:
-        state_dict: Names to tensors, where tied names share one tensor object.
+        state_dict: Names to entries, where tied names share one tensor object.
 
     Returns:
-        The state dict with each tensor once.
+        Each tensor once.
     """
     names: dict[int, str] = {}
-    for name, tensor in state_dict.items():
-        names.setdefault(id(tensor), name)
+    for name, entry in state_dict.items():
+        if isinstance(entry, Tensor):
+            names.setdefault(id(entry), name)
     return {name: state_dict[name].contiguous() for name in names.values()}

@@ -4,7 +4,9 @@ Every function here that reads values is collective: each rank calls it with the
 gets everything.
 """
 
+import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -32,6 +34,27 @@ def unwrap(model: nn.Module) -> nn.Module:
         )
     module: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
     return module
+
+
+def require_supported(model: nn.Module) -> None:
+    """Refuses models whose trained weights cannot be had whole, or cannot be saved when they are averaged.
+
+    Args:
+        model: An unwrapped model.
+
+    Raises:
+        ValueError: A parameter is a different part of the model on each rank, as its engine has marked it; or the
+            model is a learned prompt, of which PEFT saves the live weights whatever it is given.
+    """
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "tensor_model_parallel", False) or not getattr(parameter, "allreduce", True):
+            raise ValueError(
+                f"parameter {name} is tensor- or expert-parallel, a different part on each rank: use DDP, DeepSpeed "
+                "ZeRO or FSDP2 alone"
+            )
+    for adapter, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(f"adapter {adapter} is a learned prompt: use one with weights of its own, such as LoRA")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -69,7 +92,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
 
 
-def state_dict_with(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def state_dict_with(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Any]:
     """Reads the model's state dict, with other values for some parameters.
 
     Args:
@@ -78,16 +101,19 @@ def state_dict_with(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str,
 
     Returns:
         The keys of ``model.state_dict()``, each with a whole CPU tensor of the live dtype: ``values`` rounded
-        once, everything else (frozen parameters, buffers) from the live model. Tied keys share one tensor.
+        once, everything else (frozen parameters, buffers) from the live model. Tied keys share one tensor. What
+        a module's ``get_extra_state`` gives, which may be anything, is copied.
     """
     replacements = {id(p): values[name] for name, p in named_parameters(model).items() if name in values}
-    tensors: dict[int, Tensor] = {}
+    entries: dict[int, Any] = {}
     state = model.state_dict(keep_vars=True)
     for live in state.values():
-        if id(live) not in tensors:
+        if not isinstance(live, Tensor):
+            entries[id(live)] = copy.deepcopy(live)
+        elif id(live) not in entries:
             value = replacements[id(live)] if id(live) in replacements else whole(live)
-            tensors[id(live)] = value.to("cpu", live.dtype, copy=True)
-    return {key: tensors[id(live)] for key, live in state.items()}
+            entries[id(live)] = value.to("cpu", live.dtype, copy=True)
+    return {key: entries[id(live)] for key, live in state.items()}
 
 
 def barrier() -> None:

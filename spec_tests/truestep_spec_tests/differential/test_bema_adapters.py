@@ -73,7 +73,7 @@ class WithExtraState(nn.Linear):
 def test_all_that_an_adapter_trains_is_saved(
     implementation: Implementation, ranks: Ranks, tmp_path: Path, topology: str, count: int, adapter: str
 ) -> None:
-    require(implementation, "shadow_weights")
+    require(implementation, "shadow_state_dict")
     setup = Setup(implementation.name, topology, count, steps=4)
     saved_otherwise = ranks(count).run(trained_but_saved_otherwise, setup, ADAPTERS[adapter], tmp_path)
     assert [[]] * count == saved_otherwise
@@ -81,7 +81,7 @@ def test_all_that_an_adapter_trains_is_saved(
 
 @pytest.mark.clause("BEMA-10", "BEMA-18")
 def test_a_learned_prompt_is_refused(implementation: Implementation, ranks: Ranks, tmp_path: Path) -> None:
-    require(implementation, "shadow_weights")
+    require(implementation, "shadow_state_dict")
     for message in ranks(2).run(begin_training_of_a_prompt, Setup(implementation.name, "ddp", 2), tmp_path):
         assert "prompt" in message
 
@@ -90,7 +90,7 @@ def test_a_learned_prompt_is_refused(implementation: Implementation, ranks: Rank
 def test_a_parameter_that_is_another_part_on_each_rank_is_refused(
     implementation: Implementation, ranks: Ranks, tmp_path: Path
 ) -> None:
-    require(implementation, "shadow_weights")
+    require(implementation, "shadow_state_dict")
     name = next(name for name, _ in models.build("odd").named_parameters())
     for message in ranks(2).run(begin_training_of_a_part, Setup(implementation.name, "ddp", 2), tmp_path):
         assert name in message
@@ -98,7 +98,7 @@ def test_a_parameter_that_is_another_part_on_each_rank_is_refused(
 
 @pytest.mark.clause("BEMA-10", "BEMA-16")
 def test_state_that_is_no_tensor_does_not_end_a_training(implementation: Implementation, tmp_path: Path) -> None:
-    require(implementation, "shadow_weights")
+    require(implementation, "shadow_state_dict")
     subject = implementation.BEMACallback(update_freq=1)
     events = Events(WithExtraState(2, 2), topologies.training_arguments("single", tmp_path), [subject])
     events.train_begin()
