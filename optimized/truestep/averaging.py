@@ -11,8 +11,9 @@ from truestep.topology import Shard, UnsupportedModelError
 
 AVERAGED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Elements that one pass of a mixed-precision update converts at a time: 2 MiB of float32, which stay in the cache.
-SCRATCH_ELEMENTS = 512 * 1024
+# Elements that an update takes at a time. Few enough that θ is still in the cache when it is read for the second time;
+# so many that starting a loop for each costs nothing, also while other threads want the cores.
+PIECE_ELEMENTS = 2 * 1024 * 1024
 
 
 def buffer_device(device: str | torch.device) -> torch.device:
@@ -77,8 +78,8 @@ class ShardedAverages:
 
         EMA_t = EMA + β (θ_t - EMA), \qquad θ'_t = EMA_t + α (θ_t - θ_0)
 
-    An update reads θ_t and EMA once and writes EMA once (`lerp_`), plus one copy of θ_t for the reader. Nothing is
-    communicated. From a GPU to buffers on the host, the copy runs beside the training, and `settle` moves the EMA.
+    An update reads θ_t and EMA from memory once and writes EMA once (`lerp_`), plus one copy of θ_t for the reader.
+    Nothing is communicated. From a GPU to buffers on the host, the copy runs beside the training, and `settle` moves the EMA.
 
     Args:
         shards: The parameters to average, by name; each has buffers for its owned range alone.
@@ -117,8 +118,12 @@ class ShardedAverages:
             self._pending_weight = weight
             return
         for name, shard in self.shards.items():
-            average = self._averages[name]
-            self._absorb(average.ema, shard.owned_elements(), weight, kept_in=average.latest)
+            average, theta = self._averages[name], shard.owned_elements()
+            if theta.device == self.device:
+                self._absorb(average.ema, theta, weight, kept_in=average.latest)
+            else:
+                assert average.latest is not None
+                self._absorb(average.ema, average.latest.copy_(theta), weight)
 
     def settle(self) -> None:
         """Finish an update whose copy was still under way."""
@@ -155,18 +160,21 @@ class ShardedAverages:
         return {name: average.tensors() for name, average in self._averages.items()}
 
     def _absorb(self, ema: Tensor, theta: Tensor, weight: float, kept_in: Tensor | None = None) -> None:
-        """Move the EMA towards θ, and keep a copy of θ on the way if there is a buffer for it."""
-        if theta.dtype == ema.dtype:
-            ema.lerp_(theta if kept_in is None else kept_in.copy_(theta), weight)
-            return
-        # No native operation mixes two dtypes. Going piece by piece, what is copied and converted is still in the
-        # cache when the EMA needs it.
+        """Move the EMA towards θ on the same device, and keep a copy of θ on the way if there is a buffer for it."""
+        for start in range(0, len(ema), PIECE_ELEMENTS):
+            piece = slice(start, start + PIECE_ELEMENTS)
+            ema[piece].lerp_(self._converted(theta[piece], ema.dtype), weight)
+            if kept_in is not None:
+                kept_in[piece].copy_(theta[piece])
+
+    def _converted(self, piece: Tensor, dtype: torch.dtype) -> Tensor:
+        """A piece of θ in the dtype of the EMA, until the next one is asked for: no native operation mixes two."""
+        if piece.dtype == dtype:
+            return piece
         if self._scratch is None:
-            self._scratch = torch.empty(SCRATCH_ELEMENTS, dtype=ema.dtype, device=self.device)
-        for start in range(0, len(ema), SCRATCH_ELEMENTS):
-            piece = slice(start, start + SCRATCH_ELEMENTS)
-            near = theta[piece] if kept_in is None else kept_in[piece].copy_(theta[piece])
-            ema[piece].lerp_(self._scratch[: len(near)].copy_(near), weight)
+            longest = max(shard.owned.size for shard in self.shards.values())
+            self._scratch = torch.empty(min(longest, PIECE_ELEMENTS), dtype=dtype, device=self.device)
+        return self._scratch[: len(piece)].copy_(piece)
 
     def _allocate(self, shard: Shard) -> Average:
         size, dtype = shard.owned.size, shard.parameter.dtype

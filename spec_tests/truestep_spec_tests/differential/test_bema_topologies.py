@@ -119,7 +119,7 @@ class Large(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.matrix = nn.Parameter(torch.randn(1031, 1033, generator=generator))
+        self.matrix = nn.Parameter(torch.randn(1451, 1453, generator=generator))
 
 
 class Unusual(nn.Module):

@@ -178,8 +178,8 @@ MUTANTS = (
         "weights_of_the_average_exchanged",
         "BEMA-4",
         "averaging.py",
-        "else kept_in.copy_(theta), weight)",
-        "else kept_in.copy_(theta), 1 - weight)",
+        "lerp_(self._converted(theta[piece], ema.dtype), weight)",
+        "lerp_(self._converted(theta[piece], ema.dtype), 1 - weight)",
         checks.follows_the_reference,
     ),
     Mutant(
@@ -214,8 +214,8 @@ MUTANTS = (
         "average_written_to_the_live_weights",
         "BEMA-13",
         "averaging.py",
-        "ema.lerp_(theta if kept_in is None else kept_in.copy_(theta), weight)",
-        "ema.copy_(theta.lerp_(ema, 1 - weight))",
+        "ema[piece].lerp_(self._converted(theta[piece], ema.dtype), weight)",
+        "ema[piece].copy_(theta[piece].lerp_(ema[piece], 1 - weight))",
         checks.only_watches,
     ),
     Mutant(
