@@ -5,5 +5,6 @@ are left to the trainings that use them.
 """
 
 from truestep.bema import BEMACallback
+from truestep.ref_sync import SyncRefModelCallback
 
-__all__ = ["BEMACallback"]
+__all__ = ["BEMACallback", "SyncRefModelCallback"]

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from truestep.side_stream import SideStream
-from truestep.topology import Shard, UnsupportedModelError
-
-AVERAGED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from truestep.topology import Shard
 
 # Elements that an update takes at a time. Few enough that θ is still in the cache when it is read for the second time;
 # so many that starting a loop for each costs nothing, also while other threads want the cores.
@@ -31,20 +29,6 @@ def buffer_device(device: str | torch.device) -> torch.device:
     if not available:
         raise ValueError(f"device={device!r}: must be the name of a device that is available here, such as 'cpu'")
     return parsed
-
-
-def require_averageable(shards: Mapping[str, Shard]) -> None:
-    """Check that parameters have a dtype that can be averaged.
-
-    Raises:
-        UnsupportedModelError: One has not; it is named.
-    """
-    for name, shard in shards.items():
-        if shard.parameter.dtype not in AVERAGED_DTYPES:
-            raise UnsupportedModelError(
-                f"trainable parameter {name!r} is {shard.parameter.dtype}; "
-                f"supported: {', '.join(map(str, AVERAGED_DTYPES))}"
-            )
 
 
 @dataclass
@@ -79,7 +63,8 @@ class ShardedAverages:
         EMA_t = EMA + β (θ_t - EMA), \qquad θ'_t = EMA_t + α (θ_t - θ_0)
 
     An update reads θ_t and EMA from memory once and writes EMA once (`lerp_`), plus one copy of θ_t for the reader.
-    Nothing is communicated. From a GPU to buffers on the host, the copy runs beside the training, and `settle` moves the EMA.
+    Nothing is communicated. From a GPU to buffers on the host, the copy runs beside the training, and `settle` moves
+    the EMA.
 
     Args:
         shards: The parameters to average, by name; each has buffers for its owned range alone.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from truestep.averaging import ShardedAverages, buffer_device, require_averageable
+from truestep.averaging import ShardedAverages, buffer_device
 from truestep.checkpoint import (
     CheckpointError,
     SavedState,
@@ -23,7 +23,7 @@ from truestep.checkpoint import (
 from truestep.collectives import agree, exchange, rank
 from truestep.export import ExportError, has_adapter, has_learned_prompt, is_saved_with_adapter, save_pretrained
 from truestep.schedule import BEMASchedule
-from truestep.topology import Shard, Topology, UnsupportedModelError, unwrap
+from truestep.topology import Shard, Topology, UnsupportedModelError, require_supported_dtypes, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +264,7 @@ class BEMACallback(TrainerCallback):
         return self._topology
 
     def _require_supported(self) -> None:
-        require_averageable(self._trained)
+        require_supported_dtypes(self._trained.values())
         if has_learned_prompt(self._require_training().model):
             raise UnsupportedModelError(
                 "the PEFT adapter is a learned prompt, which PEFT saves from the live weights only; "
@@ -344,7 +344,9 @@ class BEMACallback(TrainerCallback):
                 )
         saved.require_parameters(averages.shards)
         try:
-            saved.read(averages.shards, averages.tensors())
+            for name, buffers in averages.tensors().items():
+                for kind, buffer in buffers.items():
+                    saved.read(name, kind, averages.shards[name].owned, buffer)
             return float(saved.metadata["bias_weight"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{saved.index}: damaged ({error!r}); {saved.advice}") from error

@@ -21,7 +21,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from truestep.collectives import agree, exchange, rank, world_size
-from truestep.topology import Shard
+from truestep.topology import Extent, Shard
 
 INDEX = "index.json"
 FORMAT_VERSION = 1
@@ -108,6 +108,7 @@ class SavedState:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.index = directory / INDEX
+        self._files: dict[Path, Any] = {}
         try:
             index = json.loads(self.index.read_text(encoding="utf-8"))
             version = index["format_version"]
@@ -143,31 +144,27 @@ class SavedState:
             if saved != wanted:
                 raise CheckpointError(
                     f"{self.index}: parameter {name!r} is {saved or 'absent'} there and {wanted or 'absent'} "
-                    f"among the trainable parameters of the model; {self.advice}"
+                    f"in this training; {self.advice}"
                 )
 
-    def read(self, shards: Mapping[str, Shard], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Fill this rank's tensors with the saved elements of its ranges. No communication.
+    def read(self, name: str, kind: str, extent: Extent, destination: Tensor) -> None:
+        """Fill a tensor with saved elements, from whichever files have them. No communication.
 
         Args:
-            shards: Each parameter's range.
-            tensors: Parameter name → kind → tensor of shape `(owned.size,)`, written to.
+            name: The parameter.
+            kind: Which of its tensors.
+            extent: The range of elements.
+            destination: A tensor of shape `(extent.size,)` and the saved dtype, written to.
 
         Raises:
             CheckpointError: A file is missing or damaged, or elements or a kind are not in the state.
         """
-        files: dict[str, Any] = {}
-        for name, shard in shards.items():
-            for kind, destination in tensors[name].items():
-                self._read_range(files, name, kind, shard, destination)
-
-    def _read_range(self, files: dict[str, Any], name: str, kind: str, shard: Shard, destination: Tensor) -> None:
-        filled = torch.zeros(shard.owned.size, dtype=torch.bool)
+        filled = torch.zeros(extent.size, dtype=torch.bool)
         for piece in self._pieces[name]:
-            start, stop = max(piece["start"], shard.owned.start), min(piece["stop"], shard.owned.stop)
+            start, stop = max(piece["start"], extent.start), min(piece["stop"], extent.stop)
             if start < stop:
-                values = self._read_piece(files, piece, name, kind, destination.dtype)
-                mine = slice(start - shard.owned.start, stop - shard.owned.start)
+                values = self._read_piece(piece, name, kind, destination.dtype)
+                mine = slice(start - extent.start, stop - extent.start)
                 destination[mine] = values[start - piece["start"] : stop - piece["start"]]
                 filled[mine] = True
         if not filled.all():
@@ -175,14 +172,12 @@ class SavedState:
                 f"{self.index}: elements of {kind!r} of parameter {name!r} are missing; {self.advice}"
             )
 
-    def _read_piece(
-        self, files: dict[str, Any], piece: dict[str, Any], name: str, kind: str, dtype: torch.dtype
-    ) -> Tensor:
+    def _read_piece(self, piece: dict[str, Any], name: str, kind: str, dtype: torch.dtype) -> Tensor:
         path = self.directory / piece["file"]
         try:
-            if piece["file"] not in files:
-                files[piece["file"]] = safe_open(path, framework="pt")
-            values: Tensor = files[piece["file"]].get_tensor(_key(kind, name))
+            if path not in self._files:
+                self._files[path] = safe_open(path, framework="pt")
+            values: Tensor = self._files[path].get_tensor(_key(kind, name))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{path}: cannot read {kind!r} of parameter {name!r} ({error}); {self.advice}"

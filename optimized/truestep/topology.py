@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from truestep.collectives import agree, assemble, exchange, rank, world_size
 
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 SUPPORTED = "a single process, DataParallel, DDP, DeepSpeed ZeRO-1/2/3, and FSDP2 (fully_shard) with Shard(0)"
 
 
@@ -72,9 +74,15 @@ class Shard(ABC):
         """The live elements of `owned`, like `elements`."""
         return self.elements().narrow(0, self.owned.start - self.held.start, self.owned.size)
 
-    @abstractmethod
     def overwrite(self, values: Tensor) -> None:
         """Set the live elements of `held` to `values`, so that the next forward uses them. No communication."""
+        elements = self.elements()
+        elements.copy_(values)
+        self.commit(elements)
+
+    @abstractmethod
+    def commit(self, elements: Tensor) -> None:
+        """Have the next forward use what was written into `elements`, which came from `elements()`."""
 
 
 class ReplicatedShard(Shard):
@@ -90,9 +98,10 @@ class ReplicatedShard(Shard):
         """The live elements; a copy where the parameter's memory is not contiguous."""
         return self.parameter.detach().reshape(-1)
 
-    def overwrite(self, values: Tensor) -> None:
-        """Set the parameter."""
-        self.parameter.detach().copy_(values.view(self.shape))
+    def commit(self, elements: Tensor) -> None:
+        """Write a copy back; a view is the parameter's memory."""
+        if elements.data_ptr() != self.parameter.data_ptr():
+            self.parameter.detach().copy_(elements.view(self.shape))
 
 
 class ZeroPartition(Shard):
@@ -119,9 +128,8 @@ class ZeroPartition(Shard):
         partition: Tensor = self.parameter.ds_tensor
         return partition.detach().narrow(0, 0, self.held.size)
 
-    def overwrite(self, values: Tensor) -> None:
-        """Set the partition, and let go of whole copies."""
-        self.elements().copy_(values)
+    def commit(self, elements: Tensor) -> None:
+        """Let go of whole copies."""
         # Where the parameter is also whole (below the persistence threshold, or after an evaluation), that copy is
         # stale now: let go of it, and of hpZ's secondary partition, which `partition()` would fill from it.
         if self.parameter.ds_status.name == "AVAILABLE":
@@ -157,9 +165,8 @@ class RowShard(Shard):
         local: Tensor = self.parameter.detach().to_local()
         return local.reshape(-1)
 
-    def overwrite(self, values: Tensor) -> None:
-        """Set the local rows; whole copies go with `Topology.release`."""
-        self.elements().copy_(values)
+    def commit(self, elements: Tensor) -> None:
+        """Nothing: they are the rows' memory, and whole copies go with `Topology.release`."""
 
 
 class Topology:
@@ -201,6 +208,12 @@ class Topology:
         shard = self.shards[name]
         return shard.elements().view(shard.shape) if shard.is_replicated else self.assemble(name, shard.elements())
 
+    def names(self) -> dict[str, Shard]:
+        """A shard for each name of each parameter, a tied one under all that it has."""
+        by_parameter = {id(shard.parameter): shard for shard in self.shards.values()}
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name: by_parameter[id(parameter)] for name, parameter in named}
+
     def release(self) -> None:
         """Drop the whole copies that FSDP2 keeps between forwards, so that the next forward reads the shards."""
         _reshard(self.model)
@@ -217,6 +230,20 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The module inside wrappers such as DDP, `DeepSpeedEngine`, `DataParallel` and `torch.compile`."""
     inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
     return inner
+
+
+def require_supported_dtypes(shards: Iterable[Shard]) -> None:
+    """Check that weights have a dtype that can be averaged.
+
+    Raises:
+        UnsupportedModelError: One has not; it is named.
+    """
+    for shard in shards:
+        if shard.parameter.dtype not in SUPPORTED_DTYPES:
+            raise UnsupportedModelError(
+                f"parameter {shard.name!r} is {shard.parameter.dtype}; "
+                f"supported: {', '.join(map(str, SUPPORTED_DTYPES))}"
+            )
 
 
 def _shards(model: nn.Module) -> Iterable[Shard]:

@@ -4,5 +4,6 @@ Nothing here is meant to train large models. It is meant to be read beside the p
 """
 
 from truestep_reference.bema import BEMACallback
+from truestep_reference.ref_sync import SyncRefModelCallback
 
-__all__ = ["BEMACallback"]
+__all__ = ["BEMACallback", "SyncRefModelCallback"]

@@ -1,4 +1,4 @@
-"""What the constructor of ``BEMACallback`` accepts."""
+"""What arguments may be."""
 
 import math
 from numbers import Integral, Real

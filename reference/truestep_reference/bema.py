@@ -15,17 +15,25 @@ References:
 """
 
 import logging
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from truestep_reference import arguments, export, rounding, whole
-from truestep_reference.state import SUBJECT_DTYPES, Average, Origin, at_snapshot, read_state, write_state
+from truestep_reference.state import (
+    SUBJECT_DTYPES,
+    Average,
+    Origin,
+    at_snapshot,
+    checkpoint_resumed,
+    checkpoint_written,
+    read_averages,
+    write_averages,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -205,8 +213,8 @@ class BEMACallback(TrainerCallback):
         self._averages = None
         t = state.global_step
         if t > 0:
-            directory = _checkpoint_resumed(args, t) / STATE_DIRECTORY
-            self._averages = read_state(directory, self._origin(t), self.device)
+            directory = checkpoint_resumed(args, t) / STATE_DIRECTORY
+            self._averages = read_averages(directory, self._origin(t), self.device)
             if self._averages is None and t > self.update_after and state.is_world_process_zero:
                 logger.warning(
                     f"{directory} holds no state of BEMACallback: the average up to step {t} is lost, and a new "
@@ -226,11 +234,11 @@ class BEMACallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts the state into the checkpoint that was just written. Before the snapshot there is none."""
         t = state.global_step
-        directory = _checkpoint_written(args, t) / STATE_DIRECTORY
+        directory = checkpoint_written(args, t) / STATE_DIRECTORY
         origin = self._origin(t)
         if self._averages is not None and state.is_world_process_zero:
             try:
-                write_state(directory, self._averages, origin)
+                write_averages(directory, self._averages, origin)
             except (OSError, SafetensorError) as error:
                 logger.warning(f"{directory} could not be written, so resuming there loses the average: {error}")
         whole.barrier()
@@ -395,21 +403,3 @@ class BEMACallback(TrainerCallback):
             "dtypes": {name: str(p.dtype) for name, p in self._parameters().items()},
             "shapes": {name: list(theta.shape) for name, theta in self._theta().items()},
         }
-
-
-def _checkpoint_written(args: TrainingArguments, t: int) -> Path:
-    """Where the trainer puts the checkpoint of step t."""
-    return Path(str(args.output_dir)) / f"checkpoint-{t}"
-
-
-def _checkpoint_resumed(args: TrainingArguments, t: int) -> Path:
-    """The checkpoint that training resumes from.
-
-    It can lie anywhere, and the trainer tells no callback where: the path is an argument of the functions that have
-    led here. A loop without a trainer resumes from where it saves.
-    """
-    for frame, _ in traceback.walk_stack(None):
-        path = frame.f_locals.get("resume_from_checkpoint")
-        if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(path, str):
-            return Path(path)
-    return _checkpoint_written(args, t)

@@ -1,10 +1,11 @@
-"""The callback's state, and its place in a checkpoint.
+"""A callback's state, and its place in a checkpoint.
 
 One file of tensors and one of everything else, written in this order, so that an index means a complete
 state.
 """
 
 import json
+import traceback
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
+from transformers import Trainer, TrainingArguments
 
 from truestep_reference.rounding import Bound
 
-FORMAT = "truestep_reference.bema/1"
+FORMAT = "truestep_reference/2"
 TENSORS = "state.safetensors"
 INDEX = "state.json"
 SUBJECT_DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -53,20 +55,16 @@ def at_snapshot(theta: Tensor) -> Average:
 
 
 Origin = dict[str, Any]
-"""What averages depend on: "step", "hyperparameters", and the parameters' "dtypes" and "shapes" by name."""
+"""What a state depends on: "step", "hyperparameters", and the parameters' "dtypes" and "shapes" by name."""
 
 
-def write_state(directory: Path, averages: Mapping[str, Average], origin: Origin) -> None:
-    """Writes the state. One process calls it.
+def write_averages(directory: Path, averages: Mapping[str, Average], origin: Origin) -> None:
+    """Writes the state of BEMA, as ``write_tensors`` does.
 
     Args:
-        directory: Where to; it is made if need be.
+        directory: Where to.
         averages: The state of each parameter, by name.
-        origin: What it depends on, to be compared on reading.
-
-    Raises:
-        OSError: It cannot be written.
-        SafetensorError: It cannot be written.
+        origin: What it depends on.
     """
     tensors = {}
     for name, average in averages.items():
@@ -76,17 +74,11 @@ def write_state(directory: Path, averages: Mapping[str, Average], origin: Origin
         for label, dtype in SUBJECT_DTYPES.items():
             tensors[f"ema_bound_{label}/{name}"] = average.bounds[dtype].ema
             tensors[f"shadow_bound_{label}/{name}"] = average.bounds[dtype].shadow
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / INDEX).unlink(missing_ok=True)
-    save_file({key: tensor.cpu().clone() for key, tensor in tensors.items()}, directory / TENSORS)
-    checksum = zlib.crc32((directory / TENSORS).read_bytes())
-    index = json.dumps({"format": FORMAT, "crc32": checksum, "origin": origin}, indent=2)
-    (directory / f"{INDEX}.partial").write_text(index)
-    (directory / f"{INDEX}.partial").rename(directory / INDEX)
+    write_tensors(directory, tensors, origin)
 
 
-def read_state(directory: Path, origin: Origin, device: torch.device) -> dict[str, Average] | None:
-    """Reads what ``write_state`` wrote. Every rank calls it.
+def read_averages(directory: Path, origin: Origin, device: torch.device) -> dict[str, Average] | None:
+    """Reads the state of BEMA, as ``read_tensors`` does.
 
     Args:
         directory: Where from.
@@ -95,31 +87,11 @@ def read_state(directory: Path, origin: Origin, device: torch.device) -> dict[st
 
     Returns:
         The state of each parameter, by name, or None where there is no state.
-
-    Raises:
-        ValueError: The state is damaged, or of another step, other hyperparameters or another model.
     """
-    path = directory / INDEX
-    if not path.exists():
+    read = read_tensors(directory, origin)
+    if read is None:
         return None
-    remedy = f"deleting {directory} starts a new average"
-    try:
-        index = json.loads(path.read_text())
-        format_, checksum, found = index["format"], index["crc32"], _flat(index["origin"])
-        contents = (directory / TENSORS).read_bytes()
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        raise ValueError(f"{path}: the state of BEMACallback is damaged ({error!r}): {remedy}") from error
-    if format_ != FORMAT:
-        raise ValueError(f"{path}: format is {format_!r}, but only {FORMAT!r} is known: {remedy}")
-    if zlib.crc32(contents) != checksum:
-        raise ValueError(f"{directory / TENSORS} is damaged: its CRC-32 is not {checksum}: {remedy}")
-    expected = _flat(origin)
-    for key in expected | found:
-        if found.get(key) != expected.get(key):
-            raise ValueError(
-                f"{path}: {key} is {found.get(key)!r} there and {expected.get(key)!r} in this training: {remedy}"
-            )
-    tensors = {key: tensor.to(device) for key, tensor in load(contents).items()}
+    tensors = {key: tensor.to(device) for key, tensor in read.items()}
     return {
         name: Average(
             theta_0=tensors[f"theta_0/{name}"],
@@ -132,6 +104,81 @@ def read_state(directory: Path, origin: Origin, device: torch.device) -> dict[st
         )
         for name in origin["shapes"]
     }
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor], origin: Origin) -> None:
+    """Writes a state. One process calls it.
+
+    Args:
+        directory: Where to; it is made if need be.
+        tensors: All of the state, by names of one's choice.
+        origin: What it depends on, to be compared on reading.
+
+    Raises:
+        OSError: It cannot be written.
+        SafetensorError: It cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / INDEX).unlink(missing_ok=True)
+    save_file({key: tensor.cpu().clone() for key, tensor in tensors.items()}, directory / TENSORS)
+    checksum = zlib.crc32((directory / TENSORS).read_bytes())
+    index = json.dumps({"format": FORMAT, "crc32": checksum, "origin": origin}, indent=2)
+    (directory / f"{INDEX}.partial").write_text(index)
+    (directory / f"{INDEX}.partial").rename(directory / INDEX)
+
+
+def read_tensors(directory: Path, origin: Origin) -> dict[str, Tensor] | None:
+    """Reads what ``write_tensors`` wrote. Every rank calls it.
+
+    Args:
+        directory: Where from.
+        origin: What the state of this training depends on.
+
+    Returns:
+        The tensors, on the CPU, or None where there is no state.
+
+    Raises:
+        ValueError: The state is damaged, or of another step, other hyperparameters or another model.
+    """
+    path = directory / INDEX
+    if not path.exists():
+        return None
+    remedy = f"deleting {directory} starts afresh"
+    try:
+        index = json.loads(path.read_text())
+        format_, checksum, found = index["format"], index["crc32"], _flat(index["origin"])
+        contents = (directory / TENSORS).read_bytes()
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f"{path}: the state is damaged ({error!r}): {remedy}") from error
+    if format_ != FORMAT:
+        raise ValueError(f"{path}: format is {format_!r}, but only {FORMAT!r} is known: {remedy}")
+    if zlib.crc32(contents) != checksum:
+        raise ValueError(f"{directory / TENSORS} is damaged: its CRC-32 is not {checksum}: {remedy}")
+    expected = _flat(origin)
+    for key in expected | found:
+        if found.get(key) != expected.get(key):
+            raise ValueError(
+                f"{path}: {key} is {found.get(key)!r} there and {expected.get(key)!r} in this training: {remedy}"
+            )
+    return load(contents)
+
+
+def checkpoint_written(args: TrainingArguments, t: int) -> Path:
+    """Where the trainer puts the checkpoint of step t."""
+    return Path(str(args.output_dir)) / f"checkpoint-{t}"
+
+
+def checkpoint_resumed(args: TrainingArguments, t: int) -> Path:
+    """The checkpoint that training resumes from.
+
+    It can lie anywhere, and the trainer tells no callback where: the path is an argument of the functions that have
+    led here. A loop without a trainer resumes from where it saves.
+    """
+    for frame, _ in traceback.walk_stack(None):
+        path = frame.f_locals.get("resume_from_checkpoint")
+        if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(path, str):
+            return Path(path)
+    return checkpoint_written(args, t)
 
 
 def _flat(origin: Origin) -> dict[str, Any]:

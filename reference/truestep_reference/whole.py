@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -75,6 +75,26 @@ def whole(tensor: Tensor) -> Tensor:
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
     return tensor.detach().clone()
+
+
+def write(parameter: nn.Parameter, value: Tensor) -> None:
+    """Sets a parameter, whatever part of it this rank holds. Collective.
+
+    Args:
+        parameter: Plain, partitioned by ZeRO-3, or an FSDP2 ``DTensor``.
+        value: The whole value, the same on every rank; rounded once to the parameter's dtype.
+    """
+    value = value.to(parameter.device, parameter.dtype)
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
+        elif hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(value)
+        else:
+            parameter.copy_(value)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

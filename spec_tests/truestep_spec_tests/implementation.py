@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from types import ModuleType
 from typing import Any
 
-CALLBACKS = ("BEMACallback",)
+CALLBACKS = ("BEMACallback", "SyncRefModelCallback")
 """The callbacks that the suite tests, by their documented names."""
 
 
@@ -27,7 +27,7 @@ class Implementation:
         'truestep_reference.bema'
         >>> Implementation("json")
         Traceback (most recent call last):
-        ValueError: implementation='json': it has none of BEMACallback
+        ValueError: implementation='json': it has none of BEMACallback, SyncRefModelCallback
     """
 
     name: str
@@ -39,7 +39,23 @@ class Implementation:
     @property
     def BEMACallback(self) -> type[Any]:  # noqa: N802 - the documented name of the class
         """The class under test."""
-        return self._callback("BEMACallback")
+        return self.callback("BEMACallback")
+
+    @property
+    def SyncRefModelCallback(self) -> type[Any]:  # noqa: N802 - the documented name of the class
+        """The class under test."""
+        return self.callback("SyncRefModelCallback")
+
+    def callback(self, callback: str) -> type[Any]:
+        """The class under test of a documented name.
+
+        Raises:
+            ValueError: The implementation has none.
+        """
+        found = self._find(callback)
+        if found is None:
+            raise ValueError(f"implementation={self.name!r}: it has no {callback}")
+        return found
 
     @property
     def offered(self) -> list[str]:
@@ -63,12 +79,6 @@ class Implementation:
     @property
     def _path(self) -> str:
         return self.name.rpartition("=")[2]
-
-    def _callback(self, callback: str) -> type[Any]:
-        found = self._find(callback)
-        if found is None:
-            raise ValueError(f"implementation={self.name!r}: it has no {callback}")
-        return found
 
     def _find(self, callback: str) -> type[Any] | None:
         module, attribute = _resolve(self.name, self._path)

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +57,21 @@ def shadow_at_event(callback: TrainerCallback, args: Any, state: Any, control: A
 
 
 class Watcher(TrainerCallback):
-    """Looks at a callback's shadow after each event that can move it.
+    """Looks at something after each event that can move it.
+
+    Args:
+        look: Called with an event's arguments; returns what it sees, by name.
 
     Attributes:
-        shown: The shadow after the last event.
+        shown: What it saw after the last event.
     """
 
-    def __init__(self, callback: TrainerCallback) -> None:
+    def __init__(self, look: Callable[..., dict[str, Tensor]]) -> None:
         self.shown: dict[str, Tensor] = {}
-        self._callback = callback
+        self._look = look
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.shown = shadow_at_event(self._callback, args, state, control, **kwargs)
+        self.shown = self._look(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.shown = shadow_at_event(self._callback, args, state, control, **kwargs)
+        self.shown = self._look(args, state, control, **kwargs)

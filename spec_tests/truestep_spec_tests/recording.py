@@ -83,7 +83,7 @@ def _move(value: Tensor, step: int, kind: Kind, generator: torch.Generator) -> T
 
 
 class Recorder:
-    """Writes θ_t and the subject's shadow at every step of a training to a directory, from rank 0.
+    """Writes θ_t and what the subject shows at every step of a training to a directory, from rank 0.
 
     It is a `Comparator`'s `on_compared`, so what it holds in memory is one step.
     """
@@ -92,10 +92,10 @@ class Recorder:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, step: int, live: dict[str, Tensor], shadow: dict[str, Tensor]) -> None:
+    def __call__(self, step: int, live: dict[str, Tensor], shown: dict[str, Tensor]) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:
-            tensors = {f"theta/{name}": live[name] for name in shadow} | {
-                f"shadow/{name}": value for name, value in shadow.items()
+            tensors = {f"theta/{name}": live[name] for name in shown} | {
+                f"shown/{name}": value for name, value in shown.items()
             }
             save_file(tensors, self.directory / f"{step:08d}.safetensors")
 
@@ -105,10 +105,10 @@ class Recorded(Mapping[int, dict[str, Tensor]]):
 
     Args:
         directory: The recorder's directory.
-        part: "theta" for θ_t, "shadow" for the subject's shadow.
+        part: "theta" for θ_t, "shown" for what the subject shows.
     """
 
-    def __init__(self, directory: Path, part: Literal["theta", "shadow"]) -> None:
+    def __init__(self, directory: Path, part: Literal["theta", "shown"]) -> None:
         self._files = {int(file.stem): file for file in sorted(directory.glob("*.safetensors"))}
         self._prefix = f"{part}/"
 

@@ -1,27 +1,26 @@
 """What the suite runs on every rank of a pool: trainings and followed trajectories, in lockstep with the reference."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import truestep_reference
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from truestep_fixtures import models, topologies
 from truestep_fixtures.events import Events
 from truestep_fixtures.topologies import Placed
 from truestep_fixtures.training import train
-from truestep_reference import BEMACallback as ReferenceBEMACallback
 
 from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.lockstep import Comparisons, lockstep
-from truestep_spec_tests.observe import Watcher
+from truestep_spec_tests.lockstep import Comparisons, OnCompared, bema, ref_sync
+from truestep_spec_tests.observe import Watcher, shadow_at_event
 from truestep_spec_tests.recording import Kind, Recorded, Recorder, Trajectory, draw
-
-OnCompared = Callable[[int, dict[str, Tensor], dict[str, Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,10 @@ class Setup:
         model: One of `truestep_fixtures.models.MODELS`, or a local model directory.
         seed: Seeds weights, data and trajectories.
         steps: Number of optimizer steps.
-        hyperparameters: Arguments of the callback.
+        hyperparameters: Arguments of the callback, besides a reference model.
         training: More fields of `TrainingArguments`.
+        callback: Which callback it is, by its documented name.
+        ref_model: Of the reference model, `topology` and `dtype` where they are others than the policy's.
     """
 
     implementation: str = "truestep"
@@ -49,27 +50,42 @@ class Setup:
     steps: int = 8
     hyperparameters: dict[str, Any] = field(default_factory=lambda: {"update_freq": 2})
     training: dict[str, Any] = field(default_factory=dict)
+    callback: str = "BEMACallback"
+    ref_model: dict[str, str] = field(default_factory=dict)
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype that `dtype` names."""
-        dtype = getattr(torch, self.dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
+        return _dtype(self.dtype)
 
-    def subject(self) -> Any:
-        """A new callback of the implementation under test."""
-        return Implementation(self.implementation).BEMACallback(**self.hyperparameters)
+    def subject(self, *arguments: Any) -> Any:
+        """A new callback of the implementation under test; `arguments` come before the hyperparameters."""
+        return Implementation(self.implementation).callback(self.callback)(*arguments, **self.hyperparameters)
 
-    def reference(self) -> ReferenceBEMACallback:
+    def reference(self, *arguments: Any) -> Any:
         """A new reference callback with the same hyperparameters."""
-        return ReferenceBEMACallback(**self.hyperparameters)
+        return getattr(truestep_reference, self.callback)(*arguments, **self.hyperparameters)
 
     def build_model(self) -> nn.Module:
         """The model, with the weights that the seed gives or the directory holds."""
         if self.model in models.MODELS:
             return models.build(self.model, self.torch_dtype, self.seed)
         return models.load(self.model).to(self.torch_dtype)
+
+    @torch.no_grad()
+    def build_ref_model(self) -> nn.Module:
+        """The same model as a reference: whole, in eval mode, with weights some distance from the policy's."""
+        model = self.build_model().eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return model.to(topologies.device(), _dtype(self.ref_model.get("dtype", self.dtype)))
+
+    def place_ref_model(self, **zero_optimization: Any) -> Placed:
+        """The reference model in its topology."""
+        model = self.build_ref_model()
+        topology, dtype = self.ref_model.get("topology", self.topology), next(model.parameters()).dtype
+        return topologies.place_for_evaluation(model, topology, dtype, **zero_optimization)
 
     def as_dict(self) -> dict[str, Any]:
         """The attributes, as JSON can hold them."""
@@ -105,9 +121,7 @@ def train_in_lockstep(
         counter: A file that holds the number of the step compared last, for who watches.
     """
     began = time.perf_counter()
-    callbacks, comparisons = lockstep(
-        setup.subject(), setup.reference(), directory / "reference", _observer(recording, counter)
-    )
+    callbacks, comparisons = _lockstep(setup, directory, _observer(recording, counter))
     train(
         setup.topology,
         setup.build_model(),
@@ -141,9 +155,7 @@ def follow_in_lockstep(
         counter: As in `train_in_lockstep`.
     """
     began = time.perf_counter()
-    callbacks, comparisons = lockstep(
-        setup.subject(), setup.reference(), directory / "reference", _observer(recording, counter)
-    )
+    callbacks, comparisons = _lockstep(setup, directory, _observer(recording, counter))
     points = None if trajectory is None else Trajectory.load(trajectory).steps
     walk = Walk(setup, directory, callbacks, kind=kind, points=points)
     walk.begin()
@@ -185,7 +197,7 @@ class Walk:
         self.points = draw(self.placed.read(), setup.steps, setup.seed, kind).steps if points is None else points
         # The callbacks are to see the ranks; how the model lies on them is not for the arguments to say.
         args = topologies.training_arguments(
-            "ddp" if dist.is_initialized() else "single", directory, max_steps=setup.steps
+            "ddp" if dist.is_initialized() else "single", directory, **{"max_steps": setup.steps, **setup.training}
         )
         self.events = Events(self.placed.model, args, callbacks)
 
@@ -215,19 +227,18 @@ def walked(
         save: Whether a checkpoint is saved at its end.
 
     Returns:
-        The shadow at each step from `first` on, by the names of the parameters.
+        What the callback shows of its state at each step from `first` on, by the names of the parameters.
     """
-    subject = setup.subject()
-    watcher = Watcher(subject)
+    subject, watcher = _watched(setup)
     walk = Walk(setup, directory, [subject, watcher], kind=kind)
     walk.begin(first)
-    shadows = {first: watcher.shown}
+    shown = {first: watcher.shown}
     for step in range(first + 1, (setup.steps if last is None else last) + 1):
         walk.go_to(step)
-        shadows[step] = watcher.shown
+        shown[step] = watcher.shown
     if save:
         walk.events.save()
-    return {step: {name: shown[name] for name in walk.points[0]} for step, shown in shadows.items()}
+    return {step: {name: values[name] for name in walk.points[0]} for step, values in shown.items()}
 
 
 def first_difference_in_one_process(setup: Setup, recording: Path, directory: Path) -> str | None:
@@ -239,19 +250,18 @@ def first_difference_in_one_process(setup: Setup, recording: Path, directory: Pa
         directory: Where the callback writes.
 
     Returns:
-        Where the shadow differs from the recorded one for the first time, or None.
+        Where what it shows differs from what was recorded for the first time, or None.
     """
-    subject = setup.subject()
-    watcher = Watcher(subject)
-    points = Recorded(recording, "theta")
-    shadows = Recorded(recording, "shadow")
-    walk = Walk(setup.on(topology="single"), directory, [subject, watcher], points=points)
+    alone = setup.on(topology="single", ref_model=setup.ref_model | {"topology": "single"})
+    subject, watcher = _watched(alone)
+    points, shown = Recorded(recording, "theta"), Recorded(recording, "shown")
+    walk = Walk(alone, directory, [subject, watcher], points=points)
     for step in points:
         if step == 0:
             walk.begin()
         else:
             walk.go_to(step)
-        for name, value in shadows[step].items():
+        for name, value in shown[step].items():
             if not same_bits(watcher.shown[name], value):
                 return f"step {step}, {name}"
     return None
@@ -262,6 +272,31 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
+
+
+def _lockstep(setup: Setup, directory: Path, on_compared: OnCompared) -> tuple[list[TrainerCallback], Comparisons]:
+    """A subject and the reference of the setup's callback, with what compares them."""
+    if setup.callback == "BEMACallback":
+        return bema.lockstep(setup.subject(), setup.reference(), directory / "reference", on_compared)
+    placed, fresh = setup.place_ref_model(), setup.build_ref_model()
+    return ref_sync.lockstep(
+        setup.subject(placed.engine, None), placed, setup.reference(fresh, None), fresh, on_compared
+    )
+
+
+def _watched(setup: Setup) -> tuple[TrainerCallback, Watcher]:
+    """A subject of the setup's callback, with what looks at its state."""
+    if setup.callback == "BEMACallback":
+        subject = setup.subject()
+        return subject, Watcher(partial(shadow_at_event, subject))
+    placed = setup.place_ref_model()
+    return setup.subject(placed.engine, None), Watcher(lambda *_, **__: placed.read())
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def _observer(recording: Path | None, counter: Path | None) -> OnCompared:

@@ -13,7 +13,7 @@ from truestep_fixtures.topologies import Placed, training_arguments
 
 from truestep_spec_tests.differential.bema_cases import require
 from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.lockstep import lockstep
+from truestep_spec_tests.lockstep.bema import lockstep
 from truestep_spec_tests.observe import shows_dtypes
 from truestep_spec_tests.recording import Kind
 from truestep_spec_tests.runs import Setup, Walk, same_bits, train_in_lockstep

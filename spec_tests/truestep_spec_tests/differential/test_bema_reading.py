@@ -21,7 +21,8 @@ from truestep_fixtures.training import train
 from truestep_spec_tests.differential.bema_cases import error_of, placements, require
 from truestep_spec_tests.differential.traffic import Message, messages_of
 from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.lockstep import Comparisons, lockstep
+from truestep_spec_tests.lockstep import Comparisons
+from truestep_spec_tests.lockstep.bema import lockstep
 from truestep_spec_tests.runs import Setup, Walk, same_bits
 
 Ranks = Callable[[int], RankPool]

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from truestep_fixtures.training import train
 
 from truestep_spec_tests.differential.bema_cases import error_of, full_disk, logged_warnings, placements, require
 from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.lockstep import Comparisons, lockstep
-from truestep_spec_tests.observe import Watcher
+from truestep_spec_tests.lockstep import Comparisons
+from truestep_spec_tests.lockstep.bema import lockstep
+from truestep_spec_tests.observe import Watcher, shadow_at_event
 from truestep_spec_tests.runs import Setup, Walk, same_bits, walked
 
 Ranks = Callable[[int], RankPool]
@@ -119,7 +121,7 @@ def save_on_full_disk(
         The shadow at the end, and the warnings.
     """
     subject = setup.subject()
-    watcher = Watcher(subject)
+    watcher = Watcher(partial(shadow_at_event, subject))
     walk = Walk(setup, directory, [subject, watcher])
     walk.begin()
     with logged_warnings() as warnings:

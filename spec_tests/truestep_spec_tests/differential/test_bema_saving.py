@@ -21,7 +21,7 @@ from truestep_fixtures.training import train
 
 from truestep_spec_tests.differential.bema_cases import error_of, full_disk, logged_warnings, placements
 from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.lockstep import Elsewhere
+from truestep_spec_tests.lockstep.bema import Elsewhere
 from truestep_spec_tests.runs import Setup, Walk, same_bits
 
 Ranks = Callable[[int], RankPool]

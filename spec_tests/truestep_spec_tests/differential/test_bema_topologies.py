@@ -22,7 +22,8 @@ from truestep_fixtures.topologies import Placed
 from truestep_spec_tests.differential.bema_cases import DTYPES, PLACEMENTS, placements, require
 from truestep_spec_tests.differential.traffic import Message, Tapped, messages_of
 from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.lockstep import Comparisons, lockstep
+from truestep_spec_tests.lockstep import Comparisons
+from truestep_spec_tests.lockstep.bema import lockstep
 from truestep_spec_tests.recording import Kind
 from truestep_spec_tests.runs import Setup, Walk, same_bits, walked
 

@@ -237,9 +237,9 @@ MUTANTS = (
     Mutant(
         "unsupported_dtype_accepted",
         "BEMA-18",
-        "averaging.py",
-        "AVERAGED_DTYPES = (",
-        "AVERAGED_DTYPES = (torch.complex64, ",
+        "topology.py",
+        "SUPPORTED_DTYPES = (",
+        "SUPPORTED_DTYPES = (torch.complex64, ",
         checks.refuses_complex_parameters,
     ),
     # Where it lies

@@ -28,7 +28,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_package_a_module_and_a_class_lead_to_the_callback(name: str) -> None:
     implementation = Implementation(name)
     assert implementation.BEMACallback is ReferenceBEMACallback
-    assert implementation.offered == ["BEMACallback"]
+    every = name == "truestep_reference"
+    assert implementation.offered == ["BEMACallback", *["SyncRefModelCallback"] * every]
 
 
 def test_a_class_of_another_name_says_which_callback_it_is(installed: Path) -> None:

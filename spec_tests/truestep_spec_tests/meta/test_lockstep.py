@@ -272,7 +272,7 @@ def test_what_a_recorder_writes_is_read_in_order(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     for step in reversed(trajectory.steps):
         recorder(step, trajectory.steps[step], {"x.y": torch.full((3,), float(step))})
-    thetas, shadows = Recorded(tmp_path, "theta"), Recorded(tmp_path, "shadow")
+    thetas, shadows = Recorded(tmp_path, "theta"), Recorded(tmp_path, "shown")
     assert list(thetas) == list(shadows) == list(range(12))
     for step, theta in thetas.items():
         # What has no shadow is not part of the trajectory that the callback sees.

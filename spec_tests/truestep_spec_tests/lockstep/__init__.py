@@ -1,10 +1,12 @@
-"""Subject and reference at the same events of the same training, compared at every step."""
+"""Subject and reference at the same events of the same training, compared at every step.
 
-import copy
+Here is what all callbacks have in common; the modules of this package, named after the callbacks, say what is looked
+at.
+"""
+
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from truestep_fixtures.topologies import read_parameters
-from truestep_reference import BEMACallback as ReferenceBEMACallback
 
-from truestep_spec_tests.observe import shadow, shadow_at_event, shows_dtypes
+OnCompared = Callable[[int, dict[str, Tensor], dict[str, Tensor]], None]
+"""Called on every rank after a comparison, with the step, the live parameters and what the subject shows of its state,
+as users see it."""
 
 
 class Divergence(NamedTuple):
@@ -66,51 +69,39 @@ class Comparisons:
         return max(self.ratios.values(), default=0.0)
 
 
-class Elsewhere(TrainerCallback):
-    """Passes a training's events on to a callback that leaves its result in a directory of its own."""
+class Look(NamedTuple):
+    """One way of looking at a subject, and what the reference says to it.
 
-    def __init__(self, callback: TrainerCallback, output_dir: Path) -> None:
-        self._callback = callback
-        self._output_dir = output_dir
+    Attributes:
+        shown: What the subject shows, by name.
+        values: The reference's values, float64.
+        bounds: What |subject − reference| may be at most, float64.
+    """
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._callback.on_train_begin(args, state, control, **kwargs)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._callback.on_step_end(args, state, control, **kwargs)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._callback.on_save(args, state, control, **kwargs)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        elsewhere = copy.copy(args)
-        elsewhere.output_dir = str(self._output_dir)
-        self._callback.on_train_end(elsewhere, state, control, **kwargs)
+    shown: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+    bounds: Mapping[str, Tensor]
 
 
 class Comparator(TrainerCallback):
     """Compares after every step, and ends the training on all ranks at the first divergence on any.
 
+    Subject and reference have seen the event already.
+
     Args:
-        subject: The callback under test; it has seen the event already.
-        reference: The reference; it has seen the event already.
-        on_compared: Called on every rank after a comparison, with the step, the live parameters and the subject's
-            shadow as the model's dtype shows it.
+        on_compared: See `OnCompared`.
 
     Attributes:
         comparisons: The results so far, the same on every rank.
     """
 
-    def __init__(
-        self,
-        subject: TrainerCallback,
-        reference: ReferenceBEMACallback,
-        on_compared: Callable[[int, dict[str, Tensor], dict[str, Tensor]], None] | None = None,
-    ) -> None:
+    def __init__(self, on_compared: OnCompared | None = None) -> None:
         self.comparisons = Comparisons()
-        self._subject = subject
-        self._reference = reference
         self._on_compared = on_compared
+
+    def looks(self, live: Mapping[str, Tensor], args: Any, state: Any, control: Any, **kwargs: Any) -> Iterable[Look]:
+        """The looks at the subject after an event; the first one is what users see. Collective."""
+        raise NotImplementedError
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._compare(args, state, control, **kwargs)
@@ -120,27 +111,19 @@ class Comparator(TrainerCallback):
 
     def _compare(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         live = read_parameters(model)
-        values = self._reference.shadow_values()
-        shown = shadow_at_event(self._subject, args, state, control, model=model, **kwargs)
-        computed_in = _common_dtype([live[name].dtype for name in values])
-        looks = [(shown, self._rounded_bounds(computed_in, {name: live[name].dtype for name in values}))]
-        if shows_dtypes(self._subject):
-            looks.append((shadow(self._subject, computed_in), self._reference.shadow_bounds(computed_in)))
+        looks = list(self.looks(live, args, state, control, model=model, **kwargs))
         worst, divergence = 0.0, None
-        for look, bounds in looks:
-            for name, value in values.items():
-                ratio, found = _compare_parameter(state.global_step, name, look.get(name), value, bounds[name])
+        for look in looks:
+            for name, value in look.values.items():
+                shown, bound = look.shown.get(name), look.bounds[name]
+                ratio, found = _compare_one(state.global_step, name, shown, value, bound)
                 worst, divergence = max(worst, ratio), divergence or found
         self._conclude(state.global_step, worst, divergence)
         if self.comparisons.divergence is not None:
             control.should_training_stop = True
         if self._on_compared is not None:
+            shown, values = looks[0].shown, looks[0].values
             self._on_compared(state.global_step, live, {name: shown[name] for name in values if name in shown})
-
-    def _rounded_bounds(self, computed_in: torch.dtype, shown_in: dict[str, torch.dtype]) -> dict[str, Tensor]:
-        """Bounds for values that were computed in one dtype and rounded, each to its own, when they were read."""
-        by_dtype = {dtype: self._reference.shadow_bounds(computed_in, dtype) for dtype in set(shown_in.values())}
-        return {name: by_dtype[dtype][name] for name, dtype in shown_in.items()}
 
     def _conclude(self, step: int, worst: float, divergence: Divergence | None) -> None:
         verdicts: list[Any] = [(worst, divergence)]
@@ -152,28 +135,7 @@ class Comparator(TrainerCallback):
             self.comparisons.divergence = next((found for _, found in verdicts if found is not None), None)
 
 
-def lockstep(
-    subject: TrainerCallback,
-    reference: ReferenceBEMACallback,
-    scratch: Path,
-    on_compared: Callable[[int, dict[str, Tensor], dict[str, Tensor]], None] | None = None,
-) -> tuple[list[TrainerCallback], Comparisons]:
-    """The callbacks that compare a subject with the reference in one training.
-
-    Args:
-        subject: The callback under test.
-        reference: The reference, with the same hyperparameters.
-        scratch: A directory for what the reference saves.
-        on_compared: See `Comparator`.
-
-    Returns:
-        The callbacks for the training, in order, and the results that it fills in.
-    """
-    comparator = Comparator(subject, reference, on_compared)
-    return [subject, Elsewhere(reference, scratch), comparator], comparator.comparisons
-
-
-def _compare_parameter(
+def _compare_one(
     step: int, name: str, shown: Tensor | None, value: Tensor, bound: Tensor
 ) -> tuple[float, Divergence | None]:
     if shown is None or shown.shape != value.shape:
@@ -192,11 +154,6 @@ def _compare_parameter(
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), value.shape))
     at = (float(tensor[index]) for tensor in (shown, value, bound))
     return float(ratio[worst]), Divergence(step, _rank(), name, index, *at, str(shown.dtype).removeprefix("torch."))
-
-
-def _common_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
-    """What a subject computes in: float32, or float64 where there are float64 parameters."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _rank() -> int:

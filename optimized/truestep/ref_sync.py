@@ -1,0 +1,211 @@
+"""A reference model that follows the policy, without gathering either."""
+
+import logging
+import math
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from truestep.blending import BlendedReference
+from truestep.checkpoint import (
+    CheckpointError,
+    SavedState,
+    checkpoint_resumed,
+    checkpoint_written,
+    discard_state,
+    save_state,
+)
+from truestep.collectives import agree, exchange, rank
+from truestep.pairing import is_adapter_left_out
+from truestep.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+STATE_DIRECTORY = "truestep_ref_model"
+
+
+class SyncRefModelCallback(TrainerCallback):
+    r"""Have a reference model follow the policy, the model that is trained, at a distance (TR-DPO).
+
+    At the end of each step :math:`t` with :math:`t \bmod n = 0`, for each parameter of the reference,
+
+    .. math::
+
+        π_{ref} ← α\, π_θ + (1 - α)\, π_{ref}
+
+    with :math:`n` = `args.ref_model_sync_steps` and :math:`α` = `args.ref_model_mixup_alpha`, both read at that step.
+    Parameters are paired by name. Each is rounded once per sync, to the dtype of the reference.
+
+    Each rank blends the elements that it holds. Where policy and reference are laid out alike (both under ZeRO-3, both
+    under FSDP2, both whole on every rank), or the policy is whole, nothing is communicated and nothing of the size of
+    the model is allocated. Otherwise the policy is assembled, one parameter at a time. The reference is part of the
+    Trainer's checkpoints from the first sync on, and is restored on any number of ranks.
+
+    Args:
+        ref_model: The reference, wrapped (DeepSpeed, `torch.compile`) or not, or None: nothing happens then.
+        accelerator: Its `unwrap_model` unwraps both models. None: they are unwrapped without it.
+        master_weights: Whether a float16 or bfloat16 reference is blended in a float32 copy, of which its weights are
+            the rounded values. Without, syncs that move a weight by less than half a unit in its last place do not
+            move it at all: in bfloat16 that is most of them for α below about 0.1. Takes 4 bytes for each weight of
+            the reference that a rank holds.
+        save_reference: Whether the reference, and its float32 copy, is saved with checkpoints and restored from them.
+
+    Raises:
+        ValueError: At train begin, on every rank and before any step: `args` lacks one of the two fields,
+            `ref_model_sync_steps` is no integer of at least 1, or `ref_model_mixup_alpha` is no number in [0, 1]; or a
+            parameter of the reference has no partner in the policy, or one of another shape.
+        UnsupportedModelError: A model is laid out or stored in a way that is not supported; what is, it lists.
+        CheckpointError: State in a checkpoint cannot be used.
+
+    Example:
+        >>> from truestep import SyncRefModelCallback
+        >>> callback = SyncRefModelCallback(None, None)  # without a reference nothing happens
+        >>> trainer.add_callback(SyncRefModelCallback(ref_model, trainer.accelerator))  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+
+    References:
+        Gorbatovski et al. (2024), "Learn Your Reference Model for Real Good Alignment", arXiv 2404.09656.
+    """
+
+    def __init__(
+        self,
+        ref_model: nn.Module | None,
+        accelerator: Accelerator | None,
+        *,
+        master_weights: bool = False,
+        save_reference: bool = True,
+    ) -> None:
+        self.ref_model = ref_model
+        self.accelerator = accelerator
+        self.master_weights = master_weights
+        self.save_reference = save_reference
+        self._reference: BlendedReference | None = None
+        self._has_moved = False
+
+    # Events of the Trainer
+
+    @torch.no_grad()
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Pair the two models, and take the reference over from the checkpoint that the training resumes from."""
+        self._reference, self._has_moved = None, False
+        if self.ref_model is None:
+            return
+        interval, _ = agree(lambda: _settings(args), ValueError)
+        reference = self._pair(kwargs["model"])
+        if self.save_reference and state.global_step > 0:
+            directory = checkpoint_resumed(args, state) / STATE_DIRECTORY
+            self._has_moved = self._restore(reference, directory, state, is_expected=state.global_step >= interval)
+        self._reference = reference
+
+    @torch.no_grad()
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Sync, where the step is one of those."""
+        if self.ref_model is None:
+            return
+        interval, weight = _settings(args)
+        if state.global_step == 0 or state.global_step % interval != 0:
+            return
+        if self._reference is None:  # added in the middle of a training
+            self._reference = self._pair(kwargs["model"])
+        self._reference.move(weight)
+        self._has_moved = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the reference to the checkpoint that the Trainer has just written, once it is not what it was given."""
+        if self.ref_model is None or state.is_hyper_param_search:  # a search keeps checkpoints elsewhere
+            return
+        directory = checkpoint_written(args, state) / STATE_DIRECTORY
+        try:
+            if self._reference is not None and self._has_moved and self.save_reference:
+                metadata = {
+                    "callback": type(self).__name__,
+                    "step": state.global_step,
+                    "master_weights": self.master_weights,
+                }
+                save_state(directory, self._reference.shards, self._reference.tensors(), metadata)
+            elif state.is_world_process_zero:
+                discard_state(directory)
+        except CheckpointError as error:
+            if state.is_world_process_zero:
+                logger.warning(
+                    "SyncRefModel: this checkpoint has no reference, a resume from it begins with the one that it is "
+                    "given: %s",
+                    error,
+                )
+
+    # Parts
+
+    def _pair(self, model: nn.Module) -> BlendedReference:
+        policy, reference = Topology(self._unwrapped(model)), Topology(self._unwrapped(self.ref_model))
+        blended = BlendedReference(policy, reference, self.master_weights)
+        if is_adapter_left_out(policy.model, reference.model) and rank() == 0:
+            trained = sum(one.policy.parameter.requires_grad for one in blended.pairs)
+            logger.warning(
+                "SyncRefModel: the reference follows the policy's base weights, of which %d of %d are trained, and not "
+                "its adapters",
+                trained,
+                len(blended.pairs),
+            )
+        return blended
+
+    def _unwrapped(self, model: Any) -> nn.Module:
+        """Without the accelerator's wrappers; `Topology` looks for others."""
+        unwrapped: nn.Module = model if self.accelerator is None else self.accelerator.unwrap_model(model)
+        return unwrapped
+
+    def _restore(self, reference: BlendedReference, directory: Path, state: TrainerState, is_expected: bool) -> bool:
+        """Take over the reference in a checkpoint; False where there is none, with a warning if there should be."""
+        if not any(exchange(SavedState.exists(directory))):
+            if is_expected and state.is_world_process_zero:
+                logger.warning(
+                    "SyncRefModel: %s has no reference. Its syncs up to step %d are lost; it goes on from the weights "
+                    "that it was given",
+                    directory,
+                    state.global_step,
+                )
+            return False
+        agree(lambda: _read_state(reference, directory, state.global_step), CheckpointError)
+        return True
+
+
+def _read_state(reference: BlendedReference, directory: Path, step: int) -> None:
+    saved = SavedState(directory)
+    if saved.metadata.get("step") != step:
+        raise CheckpointError(
+            f"{saved.index}: it was saved with step {saved.metadata.get('step')!r}, this training has {step!r}; "
+            f"{saved.advice}"
+        )
+    saved.require_parameters(reference.shards)
+    try:
+        reference.restore(saved, has_masters=bool(saved.metadata["master_weights"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{saved.index}: damaged ({error!r}); {saved.advice}") from error
+
+
+def _settings(args: Any) -> tuple[int, float]:
+    """Interval and α as `args` has them now.
+
+    Raises:
+        ValueError: One is missing or out of range.
+    """
+    names = ("ref_model_sync_steps", "ref_model_mixup_alpha")
+    for name in names:
+        if not hasattr(args, name):
+            raise ValueError(
+                f"args.{name}: {type(args).__name__} has no such field; use the arguments of a trainer with a "
+                "reference model, such as trl.DPOConfig, or add the field to yours"
+            )
+    interval, weight = (getattr(args, name) for name in names)
+    if isinstance(interval, bool) or not isinstance(interval, Integral) or int(interval) < 1:
+        raise ValueError(f"args.ref_model_sync_steps={interval!r}: must be an integer of at least 1")
+    number = float(weight) if isinstance(weight, Real) and not isinstance(weight, bool) else math.nan
+    if not 0 <= number <= 1:
+        raise ValueError(f"args.ref_model_mixup_alpha={weight!r}: must be a number in [0, 1]")
+    return int(interval), number
