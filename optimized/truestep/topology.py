@@ -131,11 +131,9 @@ class ZeroPartition(Shard):
     def commit(self, elements: Tensor) -> None:
         """Let go of whole copies."""
         # Where the parameter is also whole (below the persistence threshold, or after an evaluation), that copy is
-        # stale now: let go of it, and of hpZ's secondary partition, which `partition()` would fill from it.
+        # stale now. Secondary partitions go with `Topology.release`.
         if self.parameter.ds_status.name == "AVAILABLE":
             self.parameter.partition()
-        if getattr(self.parameter, "ds_secondary_tensor", None) is not None:
-            self.parameter.ds_secondary_tensor = None
 
 
 class RowShard(Shard):
@@ -215,8 +213,16 @@ class Topology:
         return {name: by_parameter[id(parameter)] for name, parameter in named}
 
     def release(self) -> None:
-        """Drop the whole copies that FSDP2 keeps between forwards, so that the next forward reads the shards."""
+        """Drop what an engine keeps of parameters between forwards, so that the next one reads the shards.
+
+        FSDP2 keeps whole copies, ZeRO-3's hpZ secondary partitions. Of these all go, also where only some parameters
+        were changed: DeepSpeed gathers several parameters at a time from the one kind of partition or the other.
+        """
         _reshard(self.model)
+        for shard in self.shards.values():
+            parameter: Any = shard.parameter
+            if getattr(parameter, "ds_secondary_tensor", None) is not None:
+                parameter.ds_secondary_tensor = None
 
     def _exchange_ranges(self) -> dict[str, list[Extent]]:
         """The owned range of every rank, for each parameter."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from truestep_fixtures.pytest_ranks import ranks
 
-from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.implementation import CALLBACKS, Implementation
 
 __all__ = ["ranks"]
 
@@ -37,6 +37,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"implementation under test: {Implementation(config.getoption('--implementation'))}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips the tests of callbacks that the implementation does not have."""
+    implementation = Implementation(config.getoption("--implementation"))
+    for callback, stem in CALLBACKS.items():
+        if callback not in implementation.offered:
+            skip = pytest.mark.skip(reason=f"{implementation.name} has no {callback}")
+            for item in items:
+                if item.path.name.startswith(f"test_{stem}"):
+                    item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")

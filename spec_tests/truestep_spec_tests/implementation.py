@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from types import ModuleType
 from typing import Any
 
-CALLBACKS = ("BEMACallback", "SyncRefModelCallback")
-"""The callbacks that the suite tests, by their documented names."""
+CALLBACKS = {"BEMACallback": "bema", "SyncRefModelCallback": "ref_sync"}
+"""The callbacks that the suite tests: their documented names, and how files that are about them are called."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from truestep_fixtures.events import Events
 from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.training import train
 
-from truestep_spec_tests.differential.bema_cases import require
+from truestep_spec_tests.differential.cases import require
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.observe import shadow
 from truestep_spec_tests.runs import Setup, Walk, same_bits

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from truestep_fixtures.events import Events
 from truestep_fixtures.topologies import Placed, training_arguments
 
-from truestep_spec_tests.differential.bema_cases import require
+from truestep_spec_tests.differential.cases import require
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep.bema import lockstep
 from truestep_spec_tests.observe import shows_dtypes

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.topologies import TOPOLOGIES
 
-from truestep_spec_tests.differential.bema_cases import DTYPES, PLACEMENTS, SHARDED
+from truestep_spec_tests.differential.cases import DTYPES, PLACEMENTS, SHARDED
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.properties.bema_cases import hyperparameters
 from truestep_spec_tests.recording import Kind

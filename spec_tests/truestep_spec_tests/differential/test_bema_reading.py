@@ -18,7 +18,7 @@ from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.topologies import training_arguments
 from truestep_fixtures.training import train
 
-from truestep_spec_tests.differential.bema_cases import error_of, placements, require
+from truestep_spec_tests.differential.cases import error_of, placements, require
 from truestep_spec_tests.differential.traffic import Message, messages_of
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep import Comparisons

@@ -1,11 +1,9 @@
 """A training that was stopped, killed or moved goes on as if nothing had happened, or says what is wrong."""
 
 import json
-import os
 import pickle
 import re
 import shutil
-import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,7 +22,7 @@ from truestep_fixtures.ranks import RankFailure, RankPool
 from truestep_fixtures.topologies import training_arguments
 from truestep_fixtures.training import train
 
-from truestep_spec_tests.differential.bema_cases import error_of, full_disk, logged_warnings, placements, require
+from truestep_spec_tests.differential.cases import Death, error_of, full_disk, logged_warnings, placements, require
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep import Comparisons
 from truestep_spec_tests.lockstep.bema import lockstep
@@ -38,23 +36,6 @@ STATE = "truestep_bema"
 
 
 # ── What the ranks do ─────────────────────────────────────────────────────────
-
-
-class Death(TrainerCallback):
-    """Ends the process without a word, as `kill -9` does, at an event of a step."""
-
-    def __init__(self, event: str, step: int, rank: int | None = None) -> None:
-        self.event, self.step, self.rank = event, step, rank
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._die_at("on_step_end", args, state)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._die_at("on_save", args, state)
-
-    def _die_at(self, event: str, args: Any, state: Any) -> None:
-        if event == self.event and state.global_step == self.step and self.rank in (None, args.process_index):
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def train_once(

@@ -19,7 +19,7 @@ from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.topologies import read_parameters
 from truestep_fixtures.training import train
 
-from truestep_spec_tests.differential.bema_cases import error_of, full_disk, logged_warnings, placements
+from truestep_spec_tests.differential.cases import error_of, full_disk, logged_warnings, placements
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep.bema import Elsewhere
 from truestep_spec_tests.runs import Setup, Walk, same_bits

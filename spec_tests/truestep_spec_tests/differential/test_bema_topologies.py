@@ -19,7 +19,7 @@ from truestep_fixtures.events import Events
 from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.topologies import Placed
 
-from truestep_spec_tests.differential.bema_cases import DTYPES, PLACEMENTS, placements, require
+from truestep_spec_tests.differential.cases import DTYPES, PLACEMENTS, placements, require
 from truestep_spec_tests.differential.traffic import Message, Tapped, messages_of
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep import Comparisons

@@ -46,6 +46,8 @@ class SyncComparator(Comparator):
         self._before: dict[str, Tensor] = {}
 
     def looks(self, live: Mapping[str, Tensor], args: Any, state: Any, control: Any, **kwargs: Any) -> Iterator[Look]:
+        # Two forwards before the weights are read, as reading lets go of whole copies that a forward would have used.
+        computed = {f"{LOGITS} {forward}": logits(self._placed.engine) for forward in ("first", "second")}
         shown = self._placed.read()
         if not self._before or is_sync(state.global_step, sync_steps=args.ref_model_sync_steps):
             yield Look(shown, self._reference.blended_values(), self._reference.blended_bounds())
@@ -53,11 +55,9 @@ class SyncComparator(Comparator):
             yield Look(shown, *_exactly(self._before))
         topologies.write_parameters(self._fresh, shown)
         self._before = shown
-        for forward in ("first", "second"):
-            yield Look(
-                {f"{LOGITS} {forward}": logits(self._placed.engine)},
-                *_exactly({f"{LOGITS} {forward}": logits(self._fresh)}),
-            )
+        # And one after it, which leaves such copies behind for the next sync to deal with.
+        computed[f"{LOGITS} third"] = logits(self._placed.engine)
+        yield Look(computed, *_exactly(dict.fromkeys(computed, logits(self._fresh))))
 
 
 def lockstep(

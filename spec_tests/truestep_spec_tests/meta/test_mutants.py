@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from truestep_fixtures.ranks import RankPool
 
-from truestep_spec_tests.meta.checks import Check, Suspect
-from truestep_spec_tests.meta.mutants import MUTANTS, ORIGINAL, Mutant, copy_package
+from truestep_spec_tests.meta.checks.suspect import Check, Suspect
+from truestep_spec_tests.meta.mutants import MUTANTS
+from truestep_spec_tests.meta.mutants.patch import ORIGINAL, Mutant, copy_package
 
 CHECKS = sorted({mutant.killed_by for mutant in MUTANTS}, key=lambda check: check.__name__)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 from truestep_reference import BEMACallback as ReferenceBEMACallback
+from truestep_reference import SyncRefModelCallback as ReferenceSyncRefModelCallback
 
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.meta.specification import constructor
@@ -25,6 +26,11 @@ BEMA_ARGUMENTS = {
 @pytest.fixture(params=["subject", "reference"])
 def bema(request: pytest.FixtureRequest, implementation: Implementation) -> type[Any]:
     return implementation.BEMACallback if request.param == "subject" else ReferenceBEMACallback
+
+
+@pytest.fixture(params=["subject", "reference"])
+def ref_sync(request: pytest.FixtureRequest, implementation: Implementation) -> type[Any]:
+    return implementation.SyncRefModelCallback if request.param == "subject" else ReferenceSyncRefModelCallback
 
 
 def parameters(callback: type[Any]) -> list[tuple[str, Any]]:
@@ -58,3 +64,26 @@ def test_arguments_can_be_given_by_position_or_by_name(bema: type[Any]) -> None:
 def test_it_is_a_trainer_callback(bema: type[Any]) -> None:
     assert issubclass(bema, TrainerCallback)
     assert isinstance(bema(), TrainerCallback)
+
+
+@pytest.mark.clause("SYNC-10")
+def test_the_sync_takes_the_documented_arguments_by_position_or_name_and_others_by_name_only(
+    ref_sync: type[Any],
+) -> None:
+    documented = [parameter.name for parameter in constructor("SyncRefModelCallback")]
+    assert documented == ["ref_model", "accelerator"]
+    shown = inspect.signature(ref_sync).parameters.values()
+    others = [parameter for parameter in shown if parameter.kind == inspect.Parameter.KEYWORD_ONLY]
+    assert documented == [parameter.name for parameter in shown if parameter not in others]
+    assert all(parameter.default is not inspect.Parameter.empty for parameter in others)
+    for callback in (ref_sync(None, None), ref_sync(ref_model=None, accelerator=None)):
+        assert isinstance(callback, TrainerCallback)
+
+
+@pytest.mark.clause("SYNC-11", "SYNC-12")
+def test_the_options_of_the_sync_have_the_specified_defaults() -> None:
+    defaults = inspect.signature(ReferenceSyncRefModelCallback).parameters
+    assert {name: defaults[name].default for name in ("master_weights", "save_reference")} == {
+        "master_weights": False,
+        "save_reference": True,
+    }

@@ -21,17 +21,19 @@ from torch import Tensor
 from truestep_fixtures import models
 from truestep_reference import BEMACallback as ReferenceBEMACallback
 
-from truestep_spec_tests.meta.mutants import MUTANTS, copy_package
+from truestep_spec_tests.meta.mutants import MUTANTS
+from truestep_spec_tests.meta.mutants.patch import Mutant, copy_package
 from truestep_spec_tests.verify.command import main
 from truestep_spec_tests.verify.plan import plan
 
-QUICK = "--dtype float32 --steps 4 --output out"
+QUICK = "--callback BEMACallback --dtype float32 --steps 4 --output out"
 
 # Of arguments: the exit status and what is printed.
 Verify = Callable[[str], tuple[int, str]]
 
 _BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 WRONG = _BY_NAME["weights_of_the_average_exchanged"]
+WRONG_SYNC = _BY_NAME["sync_one_step_late"]
 ROUNDS_DIFFERENTLY = _BY_NAME["last_elements_of_a_range_rounded_differently"]
 
 
@@ -78,20 +80,24 @@ def report(directory: Path) -> dict[str, Any]:
 
 def rows(printed: str) -> list[list[str]]:
     """The cells of the table's rows."""
-    return [line.split() for line in printed.splitlines() if line.split()[:1] == ["BEMA"]]
+    return [line.split() for line in printed.splitlines() if line.split()[:1] in (["BEMA"], ["SYNC"])]
 
 
-def test_a_run_that_equals_the_reference_exits_with_0_and_leaves_a_report(verify: Verify, tmp_path: Path) -> None:
-    status, printed = verify(f"--topology single {QUICK}")
+@pytest.mark.parametrize(("callback", "short"), [("BEMACallback", "BEMA"), ("SyncRefModelCallback", "SYNC")])
+def test_a_run_that_equals_the_reference_exits_with_0_and_leaves_a_report(
+    verify: Verify, tmp_path: Path, callback: str, short: str
+) -> None:
+    status, printed = verify(f"--topology single {QUICK.replace('BEMACallback', callback)}")
     assert status == 0
     ((*row, ratio, bitwise, _, verdict),) = rows(printed)
-    assert row == ["BEMA", "single", "1", "float32", "5"]
+    assert row == [short, "single", "1", "float32", "5"]
     assert (bitwise, verdict) == ("yes", "equal")
     contents = report(tmp_path)
     assert contents["passed"] is True
     assert contents["implementation"].startswith("truestep ")
     assert {"python", "torch", "transformers", "cpu"} <= contents["environment"].keys()
     (only,) = contents["runs"]
+    assert only["callback"] == callback
     assert only["steps_compared"] == 5
     assert f"{only['largest_error_over_bound']:.3f}" == ratio
     assert 0 < only["largest_error_over_bound"] <= 1
@@ -100,9 +106,14 @@ def test_a_run_that_equals_the_reference_exits_with_0_and_leaves_a_report(verify
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["report.json"]
 
 
-def test_a_divergence_exits_with_1_and_can_be_replayed(verify: Verify, tmp_path: Path) -> None:
-    copy_package(tmp_path, "package_of_mine", WRONG)
-    status, printed = run(f"-m truestep verify --implementation package_of_mine --topology single {QUICK}", tmp_path)
+@pytest.mark.parametrize(("callback", "wrong"), [("BEMACallback", WRONG), ("SyncRefModelCallback", WRONG_SYNC)])
+def test_a_divergence_exits_with_1_and_can_be_replayed(
+    verify: Verify, tmp_path: Path, callback: str, wrong: Mutant
+) -> None:
+    package = f"package_of_mine_{wrong.module.removesuffix('.py')}"  # the process that replays it knows one by a name
+    copy_package(tmp_path, package, wrong)
+    arguments = f"--topology single --seed 1 {QUICK.replace('BEMACallback', callback)}"
+    status, printed = run(f"-m truestep verify --implementation {package} {arguments}", tmp_path)
     assert status == 1
     contents = report(tmp_path)
     (only,) = contents["runs"]
@@ -177,7 +188,10 @@ def test_what_is_within_the_bound_but_not_bitwise_the_same_exits_with_1(verify: 
 
 
 def _seed_with_correction() -> int:
-    runs = (plan(implementation="truestep", topologies=["ddp"], ranks=[2], seed=seed) for seed in range(100))
+    runs = (
+        plan(implementation="truestep", callbacks=["BEMACallback"], topologies=["ddp"], ranks=[2], seed=seed)
+        for seed in range(100)
+    )
     return next(seed for seed, (run, *_) in enumerate(runs) if run.hyperparameters["bias_power"] > 0)
 
 
@@ -202,6 +216,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("--implementation json", "implementation='json': it has none of BEMACallback"),
         ("--implementation no_such_package", "implementation='no_such_package': cannot be imported"),
+        ("--callback BEMACallback --implementation truestep_reference.ref_sync", "--callback BEMACallback: "),
         ("--callback NoSuchCallback", "argument --callback: invalid choice: 'NoSuchCallback'"),
         ("--topology ring", "argument --topology: invalid choice: 'ring'"),
         ("--topology single --ranks 2", "--topology and --ranks: no run has these together"),

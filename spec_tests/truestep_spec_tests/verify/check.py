@@ -27,7 +27,7 @@ class Result:
         setup: The run.
         comparisons: Subject against reference, the same on every rank; None if the run crashed.
         seconds: Of the slowest rank.
-        difference: Where the shadow differs from the one of a single process on the same trajectory, if it does.
+        difference: Where what it shows differs from what a single process has on the same trajectory, if it does.
         crash: Every rank's report, if the run crashed.
         replay: The file to replay a failure from, if there is one.
     """
@@ -65,7 +65,7 @@ class Result:
         comparisons = self.comparisons or Comparisons()
         divergence = {} if self.divergence is None else self.divergence._asdict()
         return {
-            "callback": "BEMACallback",
+            "callback": self.setup.callback,
             "setup": self.setup.as_dict(),
             "verdict": self.verdict,
             "steps_compared": len(comparisons.ratios),

@@ -73,7 +73,10 @@ def _setups(options: argparse.Namespace, ranks: Launcher) -> list[Setup]:
         if ranks.world_sizes and setup.ranks not in ranks.world_sizes:
             raise ValueError(f"--replay {options.replay}: it is of {setup.ranks} ranks")
         return [setup.on(implementation=Implementation(options.implementation or setup.implementation).name)]
-    implementation = Implementation(options.implementation or "truestep").name
+    implementation = Implementation(options.implementation or "truestep")
+    callbacks = [name for name in implementation.offered if name in (options.callback or CALLBACKS)]
+    if not callbacks:
+        raise ValueError(f"--callback {' '.join(options.callback)}: {implementation.name} does not have it")
     if options.model not in MODELS and not Path(options.model, "config.json").is_file():
         raise ValueError(
             f"--model {options.model}: neither {', '.join(MODELS)} nor a model directory with a config.json"
@@ -86,7 +89,8 @@ def _setups(options: argparse.Namespace, ranks: Launcher) -> list[Setup]:
         if ranks.world_sizes and size not in ranks.world_sizes:
             raise ValueError(f"--ranks {size}: the launcher has started {ranks.world_sizes[0]}")
     setups = plan(
-        implementation=implementation,
+        implementation=implementation.name,
+        callbacks=callbacks,
         topologies=options.topology or (),
         ranks=options.ranks or ranks.world_sizes,
         dtypes=options.dtype or (),
@@ -111,7 +115,8 @@ def _run(setups: Sequence[Setup], ranks: Launcher, options: argparse.Namespace) 
                 directory = workspace / str(number)
                 result = check(setup, ranks, directory, counter, options.replay)
                 if ranks.is_main and not result.passed and result.crash is None and options.replay is None:
-                    file = options.output / f"{setup.topology}-{setup.ranks}-{setup.dtype}.safetensors"
+                    name = f"{CALLBACKS[setup.callback]}-{setup.topology}-{setup.ranks}-{setup.dtype}.safetensors"
+                    file = options.output / name
                     keep_for_replay(result, directory, file)
                     result = replace(result, replay=file)
                 results.append(result)

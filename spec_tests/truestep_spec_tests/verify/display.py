@@ -15,6 +15,9 @@ from truestep_fixtures.ranks import RankFailure
 from truestep_spec_tests.runs import Setup
 from truestep_spec_tests.verify.check import Result
 
+SHORT = {"BEMACallback": "BEMA", "SyncRefModelCallback": "SYNC"}
+"""What callbacks are called in the table: as their clauses are in SPEC.md."""
+
 COLOURS = {"equal": "green", "diverges": "red", "differs": "red", "stops early": "red", "crashes": "red"}
 
 
@@ -93,7 +96,7 @@ def show(console: Console, results: Sequence[Result], environment: dict[str, str
     for result in results:
         setup, comparisons = result.setup, result.comparisons
         table.add_row(
-            "BEMA",
+            SHORT[setup.callback],
             setup.topology,
             str(setup.ranks),
             setup.dtype,
@@ -106,7 +109,7 @@ def show(console: Console, results: Sequence[Result], environment: dict[str, str
     console.print(table)
     console.print(
         "error ÷ bound: the largest at any step, against the running rounding-error bound\n"
-        "bitwise: a single process on the same trajectory has the same shadow, bit by bit",
+        "bitwise: a single process on the same trajectory has the same shadow or reference model, bit by bit",
         style="dim",
     )
     console.print(", ".join(f"{name} {value}" for name, value in environment.items()), style="dim", soft_wrap=True)
@@ -133,4 +136,6 @@ def _shortened(crash: RankFailure, lines: int = 6) -> str:
 
 
 def _name(setup: Setup) -> str:
-    return f"BEMA, {setup.topology}, {setup.ranks} rank{'s' if setup.ranks > 1 else ''}, {setup.dtype}"
+    return (
+        f"{SHORT[setup.callback]}, {setup.topology}, {setup.ranks} rank{'s' if setup.ranks > 1 else ''}, {setup.dtype}"
+    )

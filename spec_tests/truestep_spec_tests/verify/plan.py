@@ -1,7 +1,9 @@
 """Which runs a verification consists of."""
 
+import itertools
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from truestep_fixtures.topologies import TOPOLOGIES
 
@@ -16,6 +18,7 @@ DTYPES = ("float32", "bfloat16", "float64")
 def plan(
     *,
     implementation: str,
+    callbacks: Sequence[str],
     topologies: Sequence[str] = (),
     ranks: Sequence[int] = (),
     dtypes: Sequence[str] = (),
@@ -29,45 +32,48 @@ def plan(
 
     Args:
         implementation: What is tested.
+        callbacks: Which of its callbacks.
         topologies: Only these; all by default.
-        ranks: Only these world sizes. By default every topology runs on 2 ranks in float32 and bfloat16, those with
-            sharded parameters also on 3 and 4, and float64 where the engine trains it.
+        ranks: Only these world sizes, where the engine trains it also in float64. By default every topology runs on 2
+            ranks in float32 and bfloat16, and on 3 and 4 in float32; of BEMA, for which ZeRO-1 and 2 are as DDP, not
+            these two.
         dtypes: Only these, on every world size.
         model: Name of a built-in model, or a local model directory.
         seed: Seeds everything.
         steps: Optimizer steps of each training.
     """
     setups = []
-    for topology in topologies or TOPOLOGIES:
+    for callback, topology in itertools.product(callbacks, topologies or TOPOLOGIES):
         sizes = [1] if topology == "single" else list(ranks or RANKS)
         for size in sizes:
             if (topology == "single") != (size == 1) or (ranks and size not in ranks):
                 continue
-            for dtype in dtypes or _dtypes(topology, size, everything=bool(ranks)):
-                run = len(setups)
-                setups.append(
-                    Setup(
-                        implementation=implementation,
-                        topology=topology,
-                        ranks=size,
-                        dtype=dtype,
-                        model=model,
-                        seed=seed,
-                        steps=steps,
-                        hyperparameters=_hyperparameters(random.Random(f"{seed}/{run}"), steps),
-                    )
-                )
+            for dtype in dtypes or _dtypes(callback, topology, size, everything=bool(ranks)):
+                setup = Setup(implementation, topology, size, dtype, model, seed, steps, callback=callback)
+                setups.append(setup.on(**_drawn(callback, random.Random(f"{seed}/{len(setups)}"), steps)))
     return sorted(setups, key=lambda setup: setup.ranks)
 
 
-def _dtypes(topology: str, ranks: int, everything: bool) -> tuple[str, ...]:
+def _dtypes(callback: str, topology: str, ranks: int, everything: bool) -> tuple[str, ...]:
     # DeepSpeed has no float64 training.
     trained = tuple(dtype for dtype in DTYPES if dtype != "float64" or not topology.startswith("zero"))
     if everything or ranks == 1:
         return trained
     if ranks == 2:
         return trained[:2]
-    return trained[:1] if topology in ("ddp", "zero3", "zero3_persistent", "fsdp2") else ()
+    return () if callback == "BEMACallback" and topology in ("zero1", "zero2") else trained[:1]
+
+
+def _drawn(callback: str, draw: random.Random, steps: int) -> dict[str, Any]:
+    """The attributes of a setup that its seed decides."""
+    if callback == "BEMACallback":
+        return {"hyperparameters": _hyperparameters(draw, steps)}
+    settings = {
+        # At least one sync, however few steps there are.
+        "ref_model_sync_steps": min(draw.choice([1, 2, 3]), steps),
+        "ref_model_mixup_alpha": draw.choice([0.05, 0.3, 0.5, 0.6, 0.9, 1.0]),
+    }
+    return {"hyperparameters": {}, "training": settings}
 
 
 def _hyperparameters(draw: random.Random, steps: int) -> dict[str, float]:

@@ -1,71 +1,7 @@
-"""Mistakes that someone could make in the optimized BEMA, as small patches, each with the check that finds it.
+"""Mistakes that someone could make in the optimized BEMA, and in what it shares with other callbacks."""
 
-A mutant is a copy of the package `truestep` under another name in which one passage is replaced by a wrong one. What
-the check does to it, it does to any implementation, so a mutant that survives shows a gap in the suite.
-"""
-
-import importlib.util
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-
-from truestep_spec_tests.meta import checks
-from truestep_spec_tests.meta.checks import Check
-
-ORIGINAL = "truestep"
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A patch of the optimized code.
-
-    Attributes:
-        name: The mistake.
-        clause: The clause that it breaks.
-        module: The file that it is in.
-        before: The right passage, which the file has exactly once.
-        after: The wrong one in its place.
-        killed_by: The check that finds it.
-    """
-
-    name: str
-    clause: str
-    module: str
-    before: str
-    after: str
-    killed_by: Check
-
-    def applied_to(self, source: str) -> str:
-        """The file's text with the mistake in it.
-
-        Raises:
-            ValueError: The patch does not fit: the passage is not there exactly once, or remains.
-        """
-        count = source.count(self.before)
-        if count != 1 or self.after == self.before:
-            raise ValueError(f"mutant {self.name}: {self.module} has its passage {count} times:\n{self.before}")
-        return source.replace(self.before, self.after)
-
-
-def copy_package(directory: Path, name: str, mutant: Mutant | None = None) -> None:
-    """Writes a copy of the installed package to `directory / name`, with one mistake or as it is."""
-    for file, source in _sources():
-        if mutant is not None and str(file) == mutant.module:
-            source = mutant.applied_to(source)
-        target = directory / name / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(re.sub(rf"\b(from|import) {ORIGINAL}\b", rf"\1 {name}", source), encoding="utf-8")
-
-
-def _sources() -> Iterator[tuple[Path, str]]:
-    spec = importlib.util.find_spec(ORIGINAL)
-    assert spec is not None
-    assert spec.origin is not None
-    root = Path(spec.origin).parent
-    for file in sorted(root.rglob("*.py")):
-        yield file.relative_to(root), file.read_text(encoding="utf-8")
-
+from truestep_spec_tests.meta.checks import bema as checks
+from truestep_spec_tests.meta.mutants.patch import Mutant
 
 MUTANTS = (
     # When it acts, and with which weights
@@ -391,4 +327,4 @@ MUTANTS = (
         checks.leaves_no_index_to_what_it_could_not_write,
     ),
 )
-"""All mutants. Each is wrong in one way, or its death would prove little."""
+"""Each is wrong in one way, or its death would prove little."""

@@ -1,8 +1,7 @@
-"""What the checks of `checks` run on each rank: functions that return a fault of a subject, or None."""
+"""The faults that a BEMA can have."""
 
 import contextlib
 import inspect
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,11 @@ from truestep_fixtures.events import Events
 from truestep_fixtures.training import train
 
 from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.meta.faults import Values, first_difference, unless_it_raises
 from truestep_spec_tests.meta.specification import constructor
 from truestep_spec_tests.observe import shadow
 from truestep_spec_tests.properties.bema_cases import BAD_ARGUMENTS, BAD_SCHEDULES, Weights
 from truestep_spec_tests.runs import Setup, Walk, same_bits
-
-Values = Mapping[str, Tensor]
-
-
-def first_difference(found: Values, expected: Values) -> str | None:
-    """The first name whose values are not the same to the last bit."""
-    for name, value in expected.items():
-        if name not in found:
-            return f"{name} is missing"
-        if not same_bits(found[name], value):
-            return f"{name} differs"
-    return None
-
 
 # At the end of a trajectory
 
@@ -168,21 +155,14 @@ def _end_of_training(setup: Setup, directory: Path, callbacks: list[TrainerCallb
 
 def in_resuming(setup: Setup, directory: Path, at: int) -> str | None:
     """Resuming from a checkpoint that it should refuse raises nothing."""
-    try:
-        Walk(setup, directory, [setup.subject()]).begin(at)
-    except Exception:
-        return None
-    return "it goes on as if nothing were wrong"
+    return unless_it_raises(lambda: Walk(setup, directory, [setup.subject()]).begin(at))
 
 
 def with_a_complex_parameter(setup: Setup, directory: Path) -> str | None:
     """Train begin raises nothing."""
     model = Weights({"w": torch.ones(3, dtype=torch.complex64)})
-    try:
-        Events(model, topologies.training_arguments("single", directory), [setup.subject()]).train_begin()
-    except Exception:
-        return None
-    return "it goes on as if nothing were wrong"
+    events = Events(model, topologies.training_arguments("single", directory), [setup.subject()])
+    return unless_it_raises(events.train_begin)
 
 
 def with_bad_arguments(setup: Setup, directory: Path) -> str | None:

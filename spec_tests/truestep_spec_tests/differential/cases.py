@@ -1,11 +1,15 @@
-"""Where the differential tests of BEMA run, what they ask of an implementation, and what happens to it there."""
+"""Where the differential tests run, what they ask of an implementation, and what happens to it there."""
 
 import logging
+import os
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 from truestep_fixtures.topologies import TOPOLOGIES
 
 from truestep_spec_tests.implementation import Implementation
@@ -74,3 +78,20 @@ def full_disk(room: int = 4096) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Death(TrainerCallback):
+    """Ends the process without a word, as `kill -9` does, at an event of a step."""
+
+    def __init__(self, event: str, step: int, rank: int | None = None) -> None:
+        self.event, self.step, self.rank = event, step, rank
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._die_at("on_step_end", args, state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._die_at("on_save", args, state)
+
+    def _die_at(self, event: str, args: Any, state: Any) -> None:
+        if event == self.event and state.global_step == self.step and self.rank in (None, args.process_index):
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,36 @@
+"""The runs that the differential tests of the reference model's sync have in common."""
+
+import inspect
+from typing import Any
+
+import pytest
+
+from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.runs import Setup
+
+CALLBACK = "SyncRefModelCallback"
+
+
+def syncing(
+    implementation: str, topology: str = "single", ranks: int = 1, *, every: int = 2, alpha: float = 0.3, **changes: Any
+) -> Setup:
+    """A run in which a reference model follows the policy.
+
+    Args:
+        implementation: See `Implementation`.
+        topology: Of the policy, and of the reference model where `ref_model` does not say otherwise.
+        ranks: Number of ranks.
+        every: `ref_model_sync_steps`.
+        alpha: `ref_model_mixup_alpha`.
+        changes: Other attributes of `Setup`.
+    """
+    settings = {"ref_model_sync_steps": every, "ref_model_mixup_alpha": alpha}
+    training = settings | changes.pop("training", {})
+    setup = Setup(implementation, topology, ranks, callback=CALLBACK, hyperparameters={}, training=training)
+    return setup.on(**changes)
+
+
+def require_option(implementation: Implementation, option: str) -> None:
+    """Skips the test if the constructor lacks an option that TRL's documentation does not have."""
+    if option not in inspect.signature(implementation.SyncRefModelCallback).parameters:
+        pytest.skip(f"SyncRefModelCallback of {implementation} has no option {option}")

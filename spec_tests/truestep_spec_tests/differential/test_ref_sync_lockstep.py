@@ -1,0 +1,117 @@
+"""The subject's reference model and the reference's, compared at every step, and by the logits of every forward."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from truestep_fixtures.ranks import RankPool
+from truestep_fixtures.topologies import TOPOLOGIES
+
+from truestep_spec_tests.differential.cases import DTYPES, placements
+from truestep_spec_tests.differential.ref_sync_cases import syncing
+from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.recording import Kind
+from truestep_spec_tests.runs import Outcome, follow_in_lockstep, train_in_lockstep
+
+Ranks = Callable[[int], RankPool]
+
+several_ranks = settings(
+    max_examples=max(2, settings.default.max_examples // 50),
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def assert_in_lockstep(outcomes: Sequence[Outcome], steps: int) -> None:
+    for outcome in outcomes:
+        assert outcome.comparisons.divergence is None, str(outcome.comparisons.divergence)
+        assert list(range(steps + 1)) == list(outcome.comparisons.ratios)
+
+
+def options(implementation: Implementation, *, master_weights: bool) -> dict[str, Any]:
+    """Arguments for the constructor, as far as the implementation has them."""
+    offered = inspect.signature(implementation.SyncRefModelCallback).parameters
+    return {"master_weights": True} if master_weights and "master_weights" in offered else {}
+
+
+@pytest.mark.clause("SYNC-1", "SYNC-3", "SYNC-4", "SYNC-6", "SYNC-11")
+@pytest.mark.parametrize(("topology", "count"), placements(2, 3, 4))
+@several_ranks
+@given(
+    every=st.integers(1, 4),
+    alpha=st.sampled_from([0.0, 1.0, 0.5]) | st.floats(0, 1),
+    master_weights=st.booleans(),
+    kind=st.sampled_from(["walk", "jumps", "cancelling"]),
+    model=st.sampled_from(["odd", "batchnorm"]),
+    dtypes=st.permutations(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_the_reference_model_stays_within_the_bound_on_any_trajectory(
+    implementation: Implementation,
+    ranks: Ranks,
+    tmp_path: Path,
+    topology: str,
+    count: int,
+    every: int,
+    alpha: float,
+    master_weights: bool,
+    kind: Kind,
+    model: str,
+    dtypes: list[str],
+    seed: int,
+) -> None:
+    setup = syncing(implementation.name, topology, count, every=every, alpha=alpha, model=model, seed=seed, steps=5)
+    setup = setup.on(hyperparameters=options(implementation, master_weights=master_weights))
+    for dtype in dtypes[:2]:
+        directory = Path(mkdtemp(dir=tmp_path))
+        outcomes = ranks(count).run(follow_in_lockstep, setup.on(dtype=dtype), directory, kind=kind)
+        assert_in_lockstep(outcomes, setup.steps)
+
+
+MODELS = ("qwen2", "llama", "gpt2", "tied", "frozen", "lora", "batchnorm", "odd")
+
+
+def trainings() -> list[Any]:
+    """Every topology with some of the models; numbers of ranks, dtypes and settings are dealt out."""
+    cases = []
+    for row, topology in enumerate(TOPOLOGIES):
+        counts = [1] if topology == "single" else [2, 3, 4]
+        for column in range(3):
+            model = MODELS[(3 * row + column) % len(MODELS)]
+            count, alpha = counts[(row + column) % len(counts)], (0.05, 0.6, 1.0)[(row + 2 * column) % 3]
+            dtype = ("float32", "bfloat16")[(row + column) % 2]
+            accumulated = 1 + (column == 2)
+            name = f"{topology}-{count}-{model}-{dtype}-{alpha}"
+            cases.append(pytest.param(topology, count, model, dtype, alpha, accumulated, id=name))
+    return cases
+
+
+@pytest.mark.clause("SYNC-1", "SYNC-3", "SYNC-4", "SYNC-6")
+@pytest.mark.parametrize(("topology", "count", "model", "dtype", "alpha", "accumulated"), trainings())
+def test_the_reference_model_of_a_real_training_stays_within_the_bound(
+    implementation: Implementation,
+    ranks: Ranks,
+    tmp_path: Path,
+    topology: str,
+    count: int,
+    model: str,
+    dtype: str,
+    alpha: float,
+    accumulated: int,
+) -> None:
+    setup = syncing(
+        implementation.name,
+        topology,
+        count,
+        alpha=alpha,
+        dtype=dtype,
+        model=model,
+        steps=5,
+        training={"gradient_accumulation_steps": accumulated},
+    )
+    assert_in_lockstep(ranks(count).run(train_in_lockstep, setup, tmp_path), setup.steps)
