@@ -203,6 +203,7 @@ class SyncRefModelCallback(TrainerCallback):
         if is_sync(state.global_step, sync_steps=sync_steps):
             for name in self._partners:
                 self._sync(name, alpha)
+            whole.reshard(self._unwrap(self.ref_model))
             self._synced = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -211,8 +212,8 @@ class SyncRefModelCallback(TrainerCallback):
             return
         directory = checkpoint_written(args, state.global_step) / STATE_DIRECTORY
         tensors = {f"weights/{name}": whole.whole(self._parameters[name]) for name in self._partners}
-        tensors |= {f"value/{name}": value for name, value in self._values.items()}
-        tensors |= {f"error/{name}": error for name, error in self._errors.items()}
+        for name in filter(self._has_master, self._partners):
+            tensors |= {f"master/{name}": self._values[name], f"error/{name}": self._errors[name]}
         if state.is_world_process_zero:
             try:
                 write_tensors(directory, tensors, self._origin(state.global_step))
@@ -287,7 +288,8 @@ class SyncRefModelCallback(TrainerCallback):
         both = torch.promote_types(self._parameters[name].dtype, self._partners[name].dtype)
         return torch.promote_types(both, torch.float32)
 
-    def _unwrap(self, model: nn.Module) -> nn.Module:
+    def _unwrap(self, model: nn.Module | None) -> nn.Module:
+        assert model is not None, "nothing is asked of a callback without a reference model"
         return whole.unwrap(model if self.accelerator is None else self.accelerator.unwrap_model(model))
 
     def _restore(self, directory: Path, state: TrainerState, is_expected: bool) -> None:
@@ -301,8 +303,9 @@ class SyncRefModelCallback(TrainerCallback):
             return
         for name in self._partners:
             whole.write(self._parameters[name], tensors[f"weights/{name}"])
-            self._values[name] = tensors[f"value/{name}"]
-            self._errors[name] = tensors[f"error/{name}"]
+            self._values[name] = tensors.get(f"master/{name}", self._held(name))
+            self._errors[name] = tensors.get(f"error/{name}", torch.zeros_like(self._values[name]))
+        whole.reshard(self._unwrap(self.ref_model))
         self._synced = True
 
     def _origin(self, t: int) -> Origin:

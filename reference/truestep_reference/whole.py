@@ -106,10 +106,19 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Returns:
         The parameters, in the model's order.
     """
+    reshard(model)
+    return dict(model.named_parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Has FSDP2 let go of the whole copies, maybe in a narrower dtype, that a forward left in the parameters' places.
+
+    Args:
+        model: An unwrapped model.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # a forward may have left copies, in a narrower dtype, in the parameters' places
-    return dict(model.named_parameters())
+            module.reshard()
 
 
 def state_dict_with(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from truestep_fixtures.ranks import RankFailure, RankPool
 from truestep_fixtures.training import train
 
 from truestep_spec_tests.differential.cases import Death, error_of, full_disk, logged_warnings
-from truestep_spec_tests.differential.ref_sync_cases import require_option, syncing
+from truestep_spec_tests.differential.ref_sync_cases import require_option, skip_the_reference, syncing
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.runs import Setup, Walk, same_bits, walked
 
@@ -160,6 +160,7 @@ def test_the_master_copy_begins_with_the_weights_where_the_state_has_none(
 def test_a_checkpoint_after_the_first_sync_has_a_file_for_each_rank_and_an_index(
     implementation: Implementation, ranks: Ranks, tmp_path: Path, topology: str, count: int
 ) -> None:
+    skip_the_reference(implementation, "has files of its own kind")
     setup = syncing(implementation.name, topology, count, dtype="bfloat16", model="odd", steps=3)
     setup = setup.on(hyperparameters={"master_weights": True})
     ((saved, _), *_) = ranks(count).run(save_at, setup, tmp_path, 3)
@@ -191,6 +192,7 @@ def test_before_the_first_sync_nothing_is_written_and_nothing_is_missed(
 def test_state_that_an_earlier_training_has_left_is_removed(
     implementation: Implementation, ranks: Ranks, tmp_path: Path
 ) -> None:
+    skip_the_reference(implementation, "has files of its own kind")
     setup = syncing(implementation.name, model="odd", steps=3)
     for later in (setup.on(hyperparameters={"save_reference": False}), syncing(implementation.name, every=4, steps=3)):
         ranks(1).run(save_at, setup, tmp_path, 3)
@@ -217,6 +219,7 @@ def test_with_save_reference_off_nothing_is_written_read_or_missed(
 def test_a_full_disk_on_any_rank_is_a_warning_and_leaves_no_index(
     implementation: Implementation, ranks: Ranks, tmp_path: Path, full_on: int
 ) -> None:
+    skip_the_reference(implementation, "has files of its own kind")
     setup = syncing(implementation.name, "ddp", 2, model="qwen2", steps=4)
     expected = ranks(2).run(save_at, setup, tmp_path / "roomy", 3)
     full = ranks(2).run(save_at, setup, tmp_path / "full", 3, full_on=full_on)
@@ -233,6 +236,7 @@ def test_a_full_disk_on_any_rank_is_a_warning_and_leaves_no_index(
 def test_a_checkpoint_without_the_reference_model_is_a_warning_of_the_main_process(
     implementation: Implementation, ranks: Ranks, tmp_path: Path
 ) -> None:
+    skip_the_reference(implementation, "has files of its own kind")
     setup = syncing(implementation.name, "ddp", 2, model="odd", steps=4)
     (tmp_path / "checkpoint-4").mkdir()
     begun = ranks(2).run(begin_at, setup, tmp_path, 4)
@@ -289,6 +293,7 @@ def _change_the_index(directory: Path, change: Callable[[Any], Any]) -> str:
 def test_a_damaged_state_is_an_error_of_every_rank_that_names_the_file(
     implementation: Implementation, ranks: Ranks, tmp_path: Path, spoil: Callable[[Path], str]
 ) -> None:
+    skip_the_reference(implementation, "has files of its own kind")
     setup = syncing(implementation.name, "ddp", 2, model="odd", steps=4)
     ranks(2).run(save_at, setup, tmp_path, 4)
     named = spoil(tmp_path / "checkpoint-4" / STATE)
@@ -303,6 +308,7 @@ def test_a_damaged_state_is_an_error_of_every_rank_that_names_the_file(
 def test_the_state_of_another_model_or_type_is_an_error_that_names_a_parameter(
     implementation: Implementation, ranks: Ranks, tmp_path: Path
 ) -> None:
+    skip_the_reference(implementation, "has files of its own kind")
     setup = syncing(implementation.name, model="odd", steps=4)
     ranks(1).run(save_at, setup, tmp_path, 4)
     for other in (setup.on(dtype="bfloat16"), setup.on(model="batchnorm")):

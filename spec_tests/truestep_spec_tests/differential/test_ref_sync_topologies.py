@@ -14,7 +14,7 @@ from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.topologies import Placed
 
 from truestep_spec_tests.differential.cases import DTYPES, error_of, placements
-from truestep_spec_tests.differential.ref_sync_cases import CALLBACK, require_option, syncing
+from truestep_spec_tests.differential.ref_sync_cases import require_option, skip_the_reference, syncing
 from truestep_spec_tests.differential.traffic import Message, Tapped, largest_allocation
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep import Comparisons
@@ -321,8 +321,8 @@ def test_a_reference_model_that_cannot_be_synced_is_refused_by_name_before_anyth
     named: str,
 ) -> None:
     require_option(implementation, "master_weights")
-    if implementation.name == "truestep_reference" and spoil is not make_expert:
-        pytest.skip("the reference gathers with DeepSpeed's own means, and looks at no dtype")
+    if spoil is not make_expert:
+        skip_the_reference(implementation, "gathers by DeepSpeed's own means, and looks at no dtype")
     setup = syncing(implementation.name, topology, count, model="odd")
     for message, is_unchanged in ranks(count).run(error_at_train_begin, setup, tmp_path, spoil):
         assert message is not None
@@ -347,7 +347,7 @@ ALIKE = [
 def test_nothing_is_communicated_where_each_rank_holds_what_it_needs(
     implementation: Implementation, ranks: Ranks, tmp_path: Path, policy: str, reference: str, count: int
 ) -> None:
-    require_sharded(implementation)
+    skip_the_reference(implementation, "makes everything whole")
     setup = syncing(implementation.name, policy, count, ref_model={"topology": reference}, steps=4)
     for messages in ranks(count).run(messages_of_steps, setup, tmp_path):
         assert {step: [] for step in range(1, 5)} == messages
@@ -358,7 +358,7 @@ def test_nothing_is_communicated_where_each_rank_holds_what_it_needs(
 def test_otherwise_one_parameter_is_sent_at_a_time(
     implementation: Implementation, ranks: Ranks, tmp_path: Path, policy: str, reference: str, count: int
 ) -> None:
-    require_sharded(implementation)
+    skip_the_reference(implementation, "makes everything whole")
     setup = syncing(implementation.name, policy, count, ref_model={"topology": reference}, steps=4)
     largest = max(parameter.numel() * parameter.element_size() for parameter in setup.build_model().parameters())
     for messages in ranks(count).run(messages_of_steps, setup, tmp_path):
@@ -381,7 +381,7 @@ def test_no_temporary_grows_with_the_parameter_where_nothing_is_communicated(
     dtype: str,
     reference_dtype: str,
 ) -> None:
-    require_sharded(implementation)
+    skip_the_reference(implementation, "makes everything whole")
     setup = syncing(implementation.name, topology, count, dtype=dtype, ref_model={"dtype": reference_dtype}, steps=2)
     small, large = (max(ranks(count).run(largest_allocation_of_a_sync, setup, tmp_path, rows)) for rows in (2051, 4099))
     assert small == large
@@ -393,14 +393,8 @@ def test_no_temporary_grows_with_the_parameter_where_nothing_is_communicated(
 def test_no_temporary_is_larger_than_the_parameter_where_it_is_assembled(
     implementation: Implementation, ranks: Ranks, tmp_path: Path, policy: str
 ) -> None:
-    require_sharded(implementation)
+    skip_the_reference(implementation, "makes everything whole")
     setup = syncing(implementation.name, policy, 2, ref_model={"topology": "single"}, steps=2)
     rows = 1031
     for largest in ranks(2).run(largest_allocation_of_a_sync, setup, tmp_path, rows):
         assert rows * 1021 * 4 == largest
-
-
-def require_sharded(implementation: Implementation) -> None:
-    """Skips the test for the reference, which makes everything whole on purpose."""
-    if implementation.callback(CALLBACK).__module__.startswith("truestep_reference"):
-        pytest.skip("the reference makes everything whole")

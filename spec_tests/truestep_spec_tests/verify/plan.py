@@ -71,7 +71,7 @@ def _drawn(callback: str, draw: random.Random, steps: int) -> dict[str, Any]:
     settings = {
         # At least one sync, however few steps there are.
         "ref_model_sync_steps": min(draw.choice([1, 2, 3]), steps),
-        "ref_model_mixup_alpha": draw.choice([0.05, 0.3, 0.5, 0.6, 0.9, 1.0]),
+        "ref_model_mixup_alpha": draw.choice([0.05, 0.3, 0.5, 0.6, 0.9]),
     }
     return {"hyperparameters": {}, "training": settings}
 
