@@ -45,7 +45,7 @@ class Pair(NamedTuple):
 def pair(policy: Topology, reference: Topology) -> list[Pair]:
     """Find the partner of each parameter of the reference.
 
-    A parameter that both models share, as one object, is the policy already and is left out. If only one model
+    A parameter that both models share is the policy already and is left out. If only one model
     carries adapters of PEFT, the names of base weights are compared as they were before it was wrapped.
 
     Args:
@@ -84,7 +84,7 @@ def _partners(policy: Topology, reference: Topology) -> list[tuple[Shard, Shard]
                 f"reference parameter {shard.name!r} has shape {tuple(shard.shape)}, the policy's has "
                 f"{tuple(partner.shape)}: the reference must have the architecture of the policy"
             )
-    return [(shard, partner) for shard, partner in chosen if shard.parameter is not partner.parameter]
+    return [(shard, partner) for shard, partner in chosen if not _is_shared(shard, partner)]
 
 
 def _only(name: str, found: list[Shard]) -> Shard:
@@ -99,6 +99,14 @@ def _only(name: str, found: list[Shard]) -> Shard:
             f"{', '.join(repr(shard.name) for shard in found)}: tie them in both models or in neither"
         )
     return found[0]
+
+
+def _is_shared(one: Shard, other: Shard) -> bool:
+    """Whether two parameters are one object, or one memory (as of layers that `create_reference_model` shares)."""
+    if one.parameter is other.parameter:
+        return True
+    is_whole = one.is_replicated and other.is_replicated and one.numel > 0
+    return is_whole and one.parameter.data_ptr() == other.parameter.data_ptr()
 
 
 def _base_name(name: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from truestep_reference import arguments, rounding, whole
@@ -128,7 +129,7 @@ def partners(policy: nn.Module, reference: nn.Module) -> dict[str, nn.Parameter]
                 f"parameter {names[0]} has shape {_shape(parameter)} in the reference and {_shape(partner)} in the "
                 "policy: the models must have one architecture"
             )
-        if partner is not parameter:
+        if not _is_shared(partner, parameter):
             found[names[0]] = partner
     return found
 
@@ -341,6 +342,12 @@ def _shape(parameter: Any) -> tuple[int, ...]:
 def _has_adapters(model: nn.Module) -> bool:
     """Tells whether PEFT has wrapped layers of the model."""
     return bool(getattr(model, "peft_config", None))
+
+
+def _is_shared(one: nn.Parameter, other: nn.Parameter) -> bool:
+    """Tells whether two parameters are one: the same object, or whole tensors in the same memory."""
+    is_whole = not any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in (one, other))
+    return one is other or (is_whole and one.numel() > 0 and one.data_ptr() == other.data_ptr())
 
 
 def _base_name(name: str) -> str:

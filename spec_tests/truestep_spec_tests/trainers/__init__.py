@@ -1,0 +1,1 @@
+"""In the trainers of other libraries, in the place of their own callback."""
