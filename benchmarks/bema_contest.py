@@ -4,76 +4,27 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import trl
 import truestep
 from accelerate.utils import extract_model_from_parallel
-from measuring import allocated_peak, interleave, page_faults, resident_bytes, resident_peak, tensor_bytes
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    TrainerControl,
-    TrainerState,
+from measuring import (
+    COPY,
+    Copy,
+    allocated_peak,
+    interleave,
+    page_faults,
+    resident_bytes,
+    resident_peak,
+    tensor_bytes,
 )
+from models import build, parameter_bytes
+from torch import nn
+from transformers import TrainerControl, TrainerState
 from truestep_fixtures.topologies import place, training_arguments
-
-COPY = "copy_"
-"""The floor: the model's parameters copied to other memory of the same size and dtype."""
-
-
-def qwen2(vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> Qwen2Config:
-    """A configuration of the Qwen2 family: tied embeddings, grouped queries."""
-    return Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=True,
-    )
-
-
-def llama(vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConfig:
-    """A configuration of the Llama family: embeddings and head apart."""
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        tie_word_embeddings=False,
-    )
-
-
-# The largest of each family has the real vocabulary: most of a small model is its embeddings.
-MODELS: Mapping[str, Mapping[float, PreTrainedConfig]] = {
-    "qwen2": {
-        1e6: qwen2(4_096, 128, 352, 3, 2, 1),
-        1e7: qwen2(32_000, 192, 512, 10, 3, 1),
-        1e8: qwen2(151_936, 512, 1_408, 8, 8, 2),
-    },
-    "llama": {
-        1e6: llama(2_000, 128, 352, 2, 2),
-        1e7: llama(8_000, 256, 704, 7, 4),
-        1e8: llama(32_000, 640, 1_728, 12, 10),
-    },
-}
-"""Configurations by family and approximate number of parameters."""
-
-
-def build(family: str, size: float) -> PreTrainedModel:
-    """A model with random weights, the same on every rank; `family` and `size` are keys of `MODELS`."""
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(MODELS[family][size])
-    return model
 
 
 def new_callbacks(update_freq: int = 1) -> dict[str, Any]:
@@ -82,18 +33,6 @@ def new_callbacks(update_freq: int = 1) -> dict[str, Any]:
         "truestep": truestep.BEMACallback(update_freq=update_freq),
         "TRL": trl.BEMACallback(update_freq=update_freq),
     }
-
-
-class ParameterCopy:
-    """Copies the parameters of a model to memory that it holds for them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._pairs = [(torch.empty_like(source), source.detach()) for source in model.parameters()]
-
-    def __call__(self) -> None:
-        """Copy all of them."""
-        for destination, source in self._pairs:
-            destination.copy_(source)
 
 
 class Contest:
@@ -118,7 +57,7 @@ class Contest:
         with tempfile.TemporaryDirectory() as unused:
             self._args = training_arguments(topology, unused)
         self._state, self._control = TrainerState(), TrainerControl()
-        self.actions: dict[str, Callable[[], object]] = {COPY: ParameterCopy(self.model)}
+        self.actions: dict[str, Callable[[], object]] = {COPY: Copy(self.model.parameters())}
         self._callbacks = new_callbacks()
         self._resident: dict[str, int] = {}
         for name in self._callbacks:
@@ -176,11 +115,6 @@ class Contest:
         callback, event = self._callbacks[name], (self._args, self._state, self._control)
         callback.on_train_begin(*event, model=self.model)
         self.actions[name] = lambda: callback.on_step_end(*event, model=self.model)
-
-
-def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters, tied ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def compare_in_one_process(

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bema_contest import COPY, Contest, parameter_bytes
-from measuring import stopwatch, wait_for_idle
+from bema_contest import Contest
+from measuring import COPY, stopwatch, wait_for_idle
+from models import parameter_bytes
 from truestep_fixtures.ranks import RankPool
 
 _START_TIMEOUT = 300.0

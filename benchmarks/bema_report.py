@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bema_contest import COPY
-from measuring import Spread
+from drawing import pyplot, save
+from measuring import COPY, Spread
+from reporting import Row, Table, in_words, large, millions, milliseconds, short, what
 
 _MIB = 2**20
-
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with a heading and a few words below it."""
-
-    title: str
-    note: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def as_text(self) -> str:
-        """Columns aligned with spaces."""
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in (self.header, ["-" * width for width in widths], *self.rows)
-        ]
-        return "\n".join([self.title, "", *lines, "", textwrap.fill(self.note, 110)])
-
-    def as_markdown(self) -> str:
-        """A section with a table in it."""
-        lines = [f"| {' | '.join(cells)} |" for cells in (self.header, ["---"] * len(self.header), *self.rows)]
-        return "\n".join([f"### {self.title}", "", *lines, "", textwrap.fill(self.note, 110)])
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
@@ -63,12 +36,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         results: As for `tables`.
         path: Where to, with a suffix that matplotlib knows.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "truestep"  # the same figures give the same file
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, (times, shares) = plt.subplots(1, 2, figsize=(13, 6), width_ratios=(3, 2), layout="constrained")
     rows = results["one process"]
     for offset, name, colour in ((-0.2, "truestep", "tab:blue"), (0.2, "TRL", "tab:orange")):
@@ -84,7 +52,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     times.axhline(1, color="black", linewidth=0.8, label="copy_ of the parameters")
     times.set_yscale("log")
     times.set_xticks(
-        range(len(rows)), [f"{row['model']}\n{_millions(row)}\n{_short(row['dtype'])}" for row in rows], fontsize=8
+        range(len(rows)), [f"{row['model']}\n{millions(row)}\n{short(row['dtype'])}" for row in rows], fontsize=8
     )
     times.set_ylabel("time of an update ÷ time of copy_")
     times.set_title("One update in one process (medians, quartiles)")
@@ -92,7 +60,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
     for row in results["ranks"]:
         counts = [1, row["ranks"]]
-        label = f"{_millions(row)} {_short(row['dtype'])}"
+        label = f"{millions(row)} {short(row['dtype'])}"
         ratio = _alone_ratio(row).median
         shares.plot(counts, [1, ratio], marker="o", linewidth=0.8, label=f"time, {label}")
     counts = sorted({1, *(row["ranks"] for row in results["ranks"])})
@@ -107,10 +75,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     shares.set_title("truestep's update on a rank, one rank at a time")
     shares.legend(fontsize=8)
 
-    conditions = "; ".join(f"{key} {value}" for key, value in results["environment"].items())
-    figure.supxlabel(textwrap.fill(conditions, 190), fontsize=7, x=0.01, ha="left")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
+    save(figure, path, results["environment"])
 
 
 def _in_one_process(rows: Sequence[Row]) -> Table:
@@ -121,10 +86,10 @@ def _in_one_process(rows: Sequence[Row]) -> Table:
         ("model", "parameters", "dtype", "copy_ ms", "truestep ms", "TRL ms", "truestep ÷ copy_", "TRL ÷ truestep"),
         [
             (
-                *_what(row),
-                *(_milliseconds(row["seconds"][name]) for name in (COPY, "truestep", "TRL")),
-                _spread(Spread.of_ratios(row["seconds"]["truestep"], row["seconds"][COPY])),
-                _spread(Spread.of_ratios(row["seconds"]["TRL"], row["seconds"]["truestep"])),
+                *what(row),
+                *(milliseconds(row["seconds"][name]) for name in (COPY, "truestep", "TRL")),
+                in_words(Spread.of_ratios(row["seconds"]["truestep"], row["seconds"][COPY])),
+                in_words(Spread.of_ratios(row["seconds"]["TRL"], row["seconds"]["truestep"])),
             )
             for row in rows
         ],
@@ -151,7 +116,7 @@ def _memory(rows: Sequence[Row]) -> Table:
         ),
         [
             (
-                *_what(row),
+                *what(row),
                 name,
                 *(
                     f"{memory[quantity] / row['bytes']:.2f} ({memory[quantity] / _MIB:.1f} MiB)"
@@ -170,14 +135,14 @@ def _ranks(rows: Sequence[Row]) -> Table:
         seconds, base = row["seconds"][ranks], row["seconds"][1]
         buffers = {name: sizes / row["bytes"] for name, sizes in row["buffers"][ranks].items()}
         return (
-            *_what(row),
+            *what(row),
             str(ranks),
-            *(_milliseconds(seconds["together"][name]) for name in (COPY, "truestep", "TRL")),
-            _spread(Spread.of_ratios(seconds["together"]["TRL"], seconds["together"]["truestep"])),
-            _milliseconds(seconds["alone"]["truestep"]),
+            *(milliseconds(seconds["together"][name]) for name in (COPY, "truestep", "TRL")),
+            in_words(Spread.of_ratios(seconds["together"]["TRL"], seconds["together"]["truestep"])),
+            milliseconds(seconds["alone"]["truestep"]),
             "1"
             if ranks == 1
-            else _spread(Spread.of_ratios(seconds["alone"]["truestep"], base["alone"]["truestep"]), 3),
+            else in_words(Spread.of_ratios(seconds["alone"]["truestep"], base["alone"]["truestep"]), 3),
             f"{buffers['truestep']:.3f}",
             f"{buffers['TRL']:.3f}",
             f"{row['peak allocated'][ranks]['truestep'] / _MIB:.1f} MiB",
@@ -217,12 +182,12 @@ def _training(rows: Sequence[Row]) -> Table:
         ("model", "parameters", "dtype", "step ms", "callback", "update ms", "of a step", "between ms"),
         [
             (
-                *_what(row),
-                _milliseconds(row["step"]),
+                *what(row),
+                milliseconds(row["step"]),
                 name,
-                _milliseconds(row["update"][name]),
+                milliseconds(row["update"][name]),
                 f"{Spread.of(row['update'][name]).median / Spread.of(row['step']).median:.1%}",
-                _milliseconds(row["between"][name]) if name in row["between"] else "",
+                milliseconds(row["between"][name]) if name in row["between"] else "",
             )
             for row in rows
             for name in row["update"]
@@ -240,11 +205,11 @@ def _promises(results: Mapping[str, Any]) -> Table:
 
 
 def _promises_in_one_process(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
-    for row in _large(rows):
+    for row in large(rows):
         seconds, peak = row["seconds"], row["memory"]["truestep"]["peak allocated"]
         faster = Spread.of_ratios(seconds["TRL"], seconds["truestep"]).median
         over_copy = Spread.of_ratios(seconds["truestep"], seconds[COPY]).median
-        name = (row["model"], _short(row["dtype"]))
+        name = (row["model"], short(row["dtype"]))
         if row["dtype"] == "float32":
             yield (*name, "times faster than TRL's", "≥ 8", f"{faster:.1f}")
             yield (*name, "times the copy_", "≤ 2.2", f"{over_copy:.2f}")
@@ -254,8 +219,8 @@ def _promises_in_one_process(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
 
 
 def _promises_of_ranks(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
-    for row in (row for row in _large(rows) if row["ranks"] == 2):
-        name = (row["model"], _short(row["dtype"]))
+    for row in (row for row in large(rows) if row["ranks"] == 2):
+        name = (row["model"], short(row["dtype"]))
         share = row["buffers"][2]["truestep"] / row["buffers"][1]["truestep"]
         yield (*name, "an update on one of two ranks, of one rank's", "0.5 ± 5 %", f"{_alone_ratio(row).median:.3f}")
         yield (*name, "buffers on one of two ranks, of one rank's", "0.5 ± 5 %", f"{share:.3f}")
@@ -263,28 +228,3 @@ def _promises_of_ranks(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
 
 def _alone_ratio(row: Row) -> Spread:
     return Spread.of_ratios(*(row["seconds"][ranks]["alone"]["truestep"] for ranks in (row["ranks"], 1)))
-
-
-def _large(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if 9e7 < row["parameters"] < 1.1e8]
-
-
-def _what(row: Row) -> tuple[str, str, str]:
-    return row["model"], _millions(row), _short(row["dtype"])
-
-
-def _millions(row: Row) -> str:
-    return f"{row['parameters'] / 1e6:.1f}M"
-
-
-def _short(dtype: str) -> str:
-    return {"float32": "fp32", "bfloat16": "bf16"}.get(dtype, dtype)
-
-
-def _milliseconds(seconds: Sequence[float]) -> str:
-    median = Spread.of(seconds).median * 1e3
-    return f"{median:.1f}" if median >= 1 else f"{median:.3f}"
-
-
-def _spread(spread: Spread, digits: int = 2) -> str:
-    return f"{spread.median:.{digits}f} [{spread.low:.{digits}f}–{spread.high:.{digits}f}]"

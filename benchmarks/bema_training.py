@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from bema_contest import COPY, MODELS, ParameterCopy, build, new_callbacks, parameter_bytes
-from measuring import stopwatch
+from bema_contest import new_callbacks
+from measuring import COPY, Copy, stopwatch
+from models import MODELS, build, parameter_bytes
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -45,7 +46,7 @@ class _Contestants(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._copy = ParameterCopy(kwargs["model"])
+        self._copy = Copy(kwargs["model"].parameters())
         for callback in self._callbacks.values():
             callback.on_train_begin(args, state, control, **kwargs)
 

@@ -10,16 +10,35 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+COPY = "copy_"
+"""The floor of every contest: what a callback has to read or write, copied to memory of the same size and dtype."""
 
 _BALLAST_BYTES = 128 * 2**20
+
+
+class Copy:
+    """Copies tensors to memory that it holds for them."""
+
+    def __init__(self, sources: Iterable[Tensor]) -> None:
+        self._pairs = [(torch.empty_like(source), source.detach()) for source in sources]
+
+    def __call__(self) -> None:
+        """Copy all of them."""
+        for destination, source in self._pairs:
+            destination.copy_(source)
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,7 @@ def interleave(
     between_rounds: Callable[[], object],
     patience: float,
     warm_up: int = 2,
+    start: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Measure actions in turn, round after round, so that whatever disturbs the machine disturbs all of them.
 
@@ -75,6 +95,7 @@ def interleave(
         between_rounds: What happens before each round, unmeasured.
         patience: Seconds to wait at most, before each round, for other processes to be idle.
         warm_up: Rounds before those that count, in which memory is touched for the first time.
+        start: What to wait for before each action; see `stopwatch`.
 
     Returns:
         For each action the seconds of every round.
@@ -86,7 +107,7 @@ def interleave(
         wait_for_idle(patience)
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            elapsed = stopwatch(actions[name])
+            elapsed = stopwatch(actions[name], start=start)
             if number >= 0:
                 seconds[name].append(elapsed)
     return seconds
@@ -130,7 +151,11 @@ def page_faults(action: Callable[[], object]) -> int:
 
 
 def allocated_peak(action: Callable[[], object]) -> int:
-    """Bytes of tensors that are alive at once at most, of those that an action allocates, within operations too."""
+    """Bytes of tensors that are alive at once at most, of those that an action allocates, within operations too.
+
+    The profiler sees this thread only: of what a thread of gloo frees it does not get to know. Use `living_peak` for
+    actions that communicate.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         action()
     with tempfile.TemporaryDirectory() as directory:
@@ -142,6 +167,42 @@ def allocated_peak(action: Callable[[], object]) -> int:
         alive += event["args"]["Bytes"]
         peak = max(peak, alive)
     return peak
+
+
+def living_peak(action: Callable[[], object]) -> int:
+    """Bytes of tensors that are alive at once at most, of those that an action makes, whichever thread frees them.
+
+    What an operation allocates and frees within itself does not count, unlike in `allocated_peak`.
+    """
+    with _Storages() as storages:
+        action()
+    return storages.peak
+
+
+class _Storages(TorchDispatchMode):
+    """Follows the storages that operations make, without keeping them alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {StorageWeakRef(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if StorageWeakRef(storage) not in given:
+                self._alive[StorageWeakRef(storage)] = storage.nbytes()
+        self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return result
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_meta]
 
 
 def available_memory() -> int | None:
