@@ -5,6 +5,17 @@ are left to the trainings that use them.
 """
 
 from truestep.bema import BEMACallback
+from truestep.checkpoint import CheckpointError
+from truestep.export import ExportError
+from truestep.pairing import PairingError
 from truestep.ref_sync import SyncRefModelCallback
+from truestep.topology import UnsupportedModelError
 
-__all__ = ["BEMACallback", "SyncRefModelCallback"]
+__all__ = [
+    "BEMACallback",
+    "CheckpointError",
+    "ExportError",
+    "PairingError",
+    "SyncRefModelCallback",
+    "UnsupportedModelError",
+]

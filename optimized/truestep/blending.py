@@ -8,7 +8,7 @@ from torch import Tensor
 from truestep.checkpoint import SavedState
 from truestep.collectives import agree
 from truestep.pairing import Pair, pair
-from truestep.topology import Shard, Topology, UnsupportedModelError, require_supported_dtypes
+from truestep.topology import Topology, UnsupportedModelError, require_supported_dtypes
 
 # Elements that one pass over two dtypes converts at a time: 2 MiB of float32, which stay in the cache.
 PIECE_ELEMENTS = 512 * 1024
@@ -48,6 +48,10 @@ class BlendedReference:
         reference: The model that follows it.
         master_weights: Whether 16-bit weights of the reference are kept in float32 beside it, and blended there.
 
+    Attributes:
+        pairs: What follows what.
+        shards: The parameters of the reference that have a partner, by name.
+
     Raises:
         PairingError: Parameters do not correspond.
         UnsupportedModelError: A parameter has a dtype that cannot be blended.
@@ -55,8 +59,9 @@ class BlendedReference:
 
     def __init__(self, policy: Topology, reference: Topology, master_weights: bool) -> None:
         self._policy = policy
-        self._reference = reference
+        self._topology = reference
         self.pairs = pair(policy, reference)
+        self.shards = {one.reference.name: one.reference for one in self.pairs}
         shards = [shard for one in self.pairs for shard in (one.reference, one.policy)]
         agree(lambda: require_supported_dtypes(shards), UnsupportedModelError)
         self._masters = {
@@ -64,11 +69,6 @@ class BlendedReference:
             for shard in self.shards.values()
             if master_weights and shard.parameter.dtype.itemsize < torch.float32.itemsize
         }
-
-    @property
-    def shards(self) -> Mapping[str, Shard]:
-        """The parameters of the reference that have a partner, by name."""
-        return {one.reference.name: one.reference for one in self.pairs}
 
     def move(self, weight: float) -> None:
         """Reference ← α·policy + (1 − α)·reference. Collective unless every pair is local.
@@ -80,7 +80,7 @@ class BlendedReference:
             return
         for one in self.pairs:
             self._move(one, weight)
-        self._reference.release()
+        self._topology.release()
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint needs: parameter name → `reference`, `master` → tensor of shape `(owned.size,)`."""
@@ -90,26 +90,36 @@ class BlendedReference:
             kept[name]["master"] = master.narrow(0, shard.owned.start - shard.held.start, shard.owned.size)
         return kept
 
-    def restore(self, saved: SavedState, has_masters: bool) -> None:
-        """Set the reference, and the master copy, to what a checkpoint has of them. No communication.
+    def read(self, saved: SavedState, has_masters: bool) -> dict[str, dict[str, Tensor]]:
+        """Read what this rank holds of a saved reference; nothing is changed, and nothing communicated.
 
         Args:
             saved: The state, of these parameters.
-            has_masters: Whether it has a master copy. Without one, it begins with the weights.
+            has_masters: Whether it has a master copy.
+
+        Returns:
+            As from `tensors`, but of shape `(held.size,)` and on the host.
 
         Raises:
             CheckpointError: The state is damaged.
         """
+        found: dict[str, dict[str, Tensor]] = {}
         for name, shard in self.shards.items():
-            values = torch.empty(shard.held.size, dtype=shard.parameter.dtype)
-            saved.read(name, "reference", shard.held, values)
-            shard.overwrite(values)
-            master = self._masters.get(name)
-            if master is not None and has_masters:
-                saved.read(name, "master", shard.held, master)
-            elif master is not None:
-                master.copy_(values)
-        self._reference.release()
+            kinds = {"reference": shard.parameter.dtype}
+            if has_masters and name in self._masters:
+                kinds["master"] = self._masters[name].dtype
+            found[name] = {kind: torch.empty(shard.held.size, dtype=dtype) for kind, dtype in kinds.items()}
+            for kind, values in found[name].items():
+                saved.read(name, kind, shard.held, values)
+        return found
+
+    def restore(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Set the reference, and the master copy, to what `read` found. Without one, it begins with the weights."""
+        for name, kinds in found.items():
+            self.shards[name].overwrite(kinds["reference"])
+            if name in self._masters:
+                self._masters[name].copy_(kinds.get("master", kinds["reference"]))
+        self._topology.release()
 
     def _move(self, one: Pair, weight: float) -> None:
         elements, source = one.reference.elements(), one.policy_elements(self._policy)

@@ -8,9 +8,10 @@ from truestep.collectives import agree, exchange
 from truestep.export import has_adapter
 from truestep.topology import Shard, Topology
 
-# How PEFT names what it has wrapped: the whole model, a layer under an adapter, a module that is trained beside one.
+# How PEFT names what it has wrapped: the whole model; and within it a layer under an adapter, a module that is trained
+# beside one, an embedding of which some rows are trained.
 _WRAPPED_MODEL = "base_model.model."
-_WRAPPED_MODULES = (".base_layer.", ".original_module.")
+_WRAPPED_MODULES = ("base_layer", "original_module", "token_adapter")
 
 
 class PairingError(ValueError):
@@ -105,16 +106,16 @@ def _is_shared(one: Shard, other: Shard) -> bool:
     """Whether two parameters are one object, or one memory (as of layers that `create_reference_model` shares)."""
     if one.parameter is other.parameter:
         return True
-    is_whole = one.is_replicated and other.is_replicated and one.numel > 0
-    return is_whole and one.parameter.data_ptr() == other.parameter.data_ptr()
+    if not (one.is_replicated and other.is_replicated and one.numel > 0):
+        return False
+    ours, theirs = ((shard.parameter.data_ptr(), shard.parameter.stride()) for shard in (one, other))
+    return ours == theirs
 
 
 def _base_name(name: str) -> str:
     """The name that a base weight had before PEFT wrapped its model."""
-    name = name.removeprefix(_WRAPPED_MODEL)
-    for wrapped in _WRAPPED_MODULES:
-        name = name.replace(wrapped, ".")
-    return name
+    path = name.removeprefix(_WRAPPED_MODEL).split(".")
+    return ".".join(part for part in path if part not in _WRAPPED_MODULES)
 
 
 def _covers(outer: tuple[int, int], inner: tuple[int, int]) -> bool:

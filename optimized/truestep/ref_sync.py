@@ -2,13 +2,14 @@
 
 import logging
 import math
+import weakref
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from truestep.blending import BlendedReference
@@ -27,6 +28,7 @@ from truestep.topology import Topology
 logger = logging.getLogger(__name__)
 
 STATE_DIRECTORY = "truestep_ref_model"
+"""Where the state is in a checkpoint; of a second callback in one training it is `truestep_ref_model_2`."""
 
 
 class SyncRefModelCallback(TrainerCallback):
@@ -57,8 +59,9 @@ class SyncRefModelCallback(TrainerCallback):
 
     Raises:
         ValueError: At train begin, on every rank and before any step: `args` lacks one of the two fields,
-            `ref_model_sync_steps` is no integer of at least 1, or `ref_model_mixup_alpha` is no number in [0, 1]; or a
-            parameter of the reference has no partner in the policy, or one of another shape.
+            `ref_model_sync_steps` is no integer of at least 1, or `ref_model_mixup_alpha` is no number in [0, 1], or
+            ranks have different ones; or a parameter of the reference has no partner in the policy, or one of another
+            shape. Later, where they have become such.
         UnsupportedModelError: A model is laid out or stored in a way that is not supported; what is, it lists.
         CheckpointError: State in a checkpoint cannot be used.
 
@@ -84,8 +87,9 @@ class SyncRefModelCallback(TrainerCallback):
         self.accelerator = accelerator
         self.master_weights = master_weights
         self.save_reference = save_reference
-        self._reference: BlendedReference | None = None
+        self._blended: BlendedReference | None = None
         self._has_moved = False
+        self._directory = STATE_DIRECTORY
 
     # Events of the Trainer
 
@@ -94,15 +98,19 @@ class SyncRefModelCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Pair the two models, and take the reference over from the checkpoint that the training resumes from."""
-        self._reference, self._has_moved = None, False
+        self._blended = None
         if self.ref_model is None:
             return
-        interval, _ = agree(lambda: _settings(args), ValueError)
-        reference = self._pair(kwargs["model"])
+        if state.is_hyper_param_search and state.is_world_process_zero:
+            logger.warning("SyncRefModel: in a hyperparameter search checkpoints get no reference")
+        interval, _ = _agreed_settings(args)
+        self._directory = _directory_of(self, state)
+        blended = self._blend_with(kwargs["model"])
         if self.save_reference and state.global_step > 0:
-            directory = checkpoint_resumed(args, state) / STATE_DIRECTORY
-            self._has_moved = self._restore(reference, directory, state, is_expected=state.global_step >= interval)
-        self._reference = reference
+            directory = checkpoint_resumed(args, state) / self._directory
+            if self._restore(blended, directory, state, is_expected=state.global_step >= interval):
+                self._has_moved = True
+        self._blended = blended
 
     @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -112,55 +120,59 @@ class SyncRefModelCallback(TrainerCallback):
         interval, weight = _settings(args)
         if state.global_step == 0 or state.global_step % interval != 0:
             return
-        if self._reference is None:  # added in the middle of a training
-            self._reference = self._pair(kwargs["model"])
-        self._reference.move(weight)
+        if self._blended is None:  # added in the middle of a training
+            self._directory = _directory_of(self, state)
+            self._blended = self._blend_with(kwargs["model"])
+        self._blended.move(weight)
         self._has_moved = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the reference to the checkpoint that the Trainer has just written, once it is not what it was given."""
         if self.ref_model is None or state.is_hyper_param_search:  # a search keeps checkpoints elsewhere
             return
-        directory = checkpoint_written(args, state) / STATE_DIRECTORY
+        directory = checkpoint_written(args, state) / self._directory
         try:
-            if self._reference is not None and self._has_moved and self.save_reference:
+            if self._blended is not None and self._has_moved and self.save_reference:
                 metadata = {
                     "callback": type(self).__name__,
                     "step": state.global_step,
                     "master_weights": self.master_weights,
                 }
-                save_state(directory, self._reference.shards, self._reference.tensors(), metadata)
+                save_state(directory, self._blended.shards, self._blended.tensors(), metadata)
             elif state.is_world_process_zero:
                 discard_state(directory)
         except CheckpointError as error:
             if state.is_world_process_zero:
                 logger.warning(
-                    "SyncRefModel: this checkpoint has no reference, a resume from it begins with the one that it is "
-                    "given: %s",
+                    "SyncRefModel: the reference in this checkpoint is missing or not up to date, do not resume from "
+                    "it: %s",
                     error,
                 )
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let go of the policy and of the master copy."""
+        self._blended = None
+
     # Parts
 
-    def _pair(self, model: nn.Module) -> BlendedReference:
-        policy, reference = Topology(self._unwrapped(model)), Topology(self._unwrapped(self.ref_model))
+    def _blend_with(self, model: nn.Module) -> BlendedReference:
+        assert self.ref_model is not None
+        unwrapper = _as_it_is if self.accelerator is None else self.accelerator.unwrap_model
+        policy, reference = Topology(model, unwrapper), Topology(self.ref_model, unwrapper)
         blended = BlendedReference(policy, reference, self.master_weights)
         if is_adapter_left_out(policy.model, reference.model) and rank() == 0:
             trained = sum(one.policy.parameter.requires_grad for one in blended.pairs)
             logger.warning(
                 "SyncRefModel: the reference follows the policy's base weights, of which %d of %d are trained, and not "
-                "its adapters",
+                "its adapters, nor modules that are trained in the place of others",
                 trained,
                 len(blended.pairs),
             )
         return blended
 
-    def _unwrapped(self, model: Any) -> nn.Module:
-        """Without the accelerator's wrappers; `Topology` looks for others."""
-        unwrapped: nn.Module = model if self.accelerator is None else self.accelerator.unwrap_model(model)
-        return unwrapped
-
-    def _restore(self, reference: BlendedReference, directory: Path, state: TrainerState, is_expected: bool) -> bool:
+    def _restore(self, blended: BlendedReference, directory: Path, state: TrainerState, is_expected: bool) -> bool:
         """Take over the reference in a checkpoint; False where there is none, with a warning if there should be."""
         if not any(exchange(SavedState.exists(directory))):
             if is_expected and state.is_world_process_zero:
@@ -171,22 +183,56 @@ class SyncRefModelCallback(TrainerCallback):
                     state.global_step,
                 )
             return False
-        agree(lambda: _read_state(reference, directory, state.global_step), CheckpointError)
+        found = agree(lambda: _read_state(blended, directory, state.global_step), CheckpointError)
+        blended.restore(found)
         return True
 
 
-def _read_state(reference: BlendedReference, directory: Path, step: int) -> None:
+def _read_state(blended: BlendedReference, directory: Path, step: int) -> dict[str, dict[str, Tensor]]:
     saved = SavedState(directory)
     if saved.metadata.get("step") != step:
         raise CheckpointError(
             f"{saved.index}: it was saved with step {saved.metadata.get('step')!r}, this training has {step!r}; "
             f"{saved.advice}"
         )
-    saved.require_parameters(reference.shards)
+    saved.require_parameters(blended.shards)
     try:
-        reference.restore(saved, has_masters=bool(saved.metadata["master_weights"]))
+        return blended.read(saved, has_masters=bool(saved.metadata["master_weights"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{saved.index}: damaged ({error!r}); {saved.advice}") from error
+
+
+def _directory_of(callback: SyncRefModelCallback, state: TrainerState) -> str:
+    """Where a callback's state is in a checkpoint: each one of a training has a directory, in the callbacks' order.
+
+    They do not know of each other, but all of them see the one state of the training, on which they sign.
+    """
+    signed: list[weakref.ref[SyncRefModelCallback]] = vars(state).setdefault("_truestep_ref_models", [])
+    if weakref.ref(callback) not in signed:
+        signed.append(weakref.ref(callback))
+    number = signed.index(weakref.ref(callback))
+    return STATE_DIRECTORY if number == 0 else f"{STATE_DIRECTORY}_{number + 1}"
+
+
+def _as_it_is(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _agreed_settings(args: Any) -> tuple[int, float]:
+    """The settings, which are checked, and the same on every rank. Collective.
+
+    Raises:
+        ValueError: On every rank, if one is missing or out of range on any, or if ranks have different ones.
+    """
+    mine: tuple[int, float] = agree(lambda: _settings(args), ValueError)
+    everyone = exchange(mine)
+    other = next((other for other, theirs in enumerate(everyone) if theirs != everyone[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"args.ref_model_sync_steps and args.ref_model_mixup_alpha are {everyone[0]} on rank 0 and "
+            f"{everyone[other]} on rank {other}: give every rank the same"
+        )
+    return mine
 
 
 def _settings(args: Any) -> tuple[int, float]:

@@ -8,7 +8,7 @@ never asks which engine it is.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -159,12 +159,15 @@ class RowShard(Shard):
             )
 
     def elements(self) -> Tensor:
-        """The local rows' elements, a view."""
+        """The local rows' elements; a copy where their memory is not contiguous."""
         local: Tensor = self.parameter.detach().to_local()
         return local.reshape(-1)
 
     def commit(self, elements: Tensor) -> None:
-        """Nothing: they are the rows' memory, and whole copies go with `Topology.release`."""
+        """Write a copy back; a view is the rows' memory. Whole copies go with `Topology.release`."""
+        local: Tensor = self.parameter.detach().to_local()
+        if elements.data_ptr() != local.data_ptr():
+            local.copy_(elements.view(local.shape))
 
 
 class Topology:
@@ -174,6 +177,7 @@ class Topology:
 
     Args:
         model: The model, wrapped (DDP, DeepSpeed, `torch.compile`) or not.
+        unwrapper: Takes wrappers off before those that are known here.
 
     Attributes:
         model: The unwrapped model.
@@ -183,9 +187,10 @@ class Topology:
         UnsupportedModelError: A parameter has no flat ranges, for example under FSDP1 or tensor parallelism.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.shards = agree(lambda: {shard.name: shard for shard in _shards(model)}, UnsupportedModelError)
-        self.model = unwrap(model)
+    def __init__(self, model: nn.Module, unwrapper: Callable[[nn.Module], nn.Module] = lambda model: model) -> None:
+        agree(lambda: _refuse_fsdp1(model), UnsupportedModelError)  # which an unwrapper would hide
+        self.model = unwrap(unwrapper(model))
+        self.shards = agree(lambda: {shard.name: shard for shard in _shards(self.model)}, UnsupportedModelError)
         self._ranges = self._exchange_ranges()
 
     def assemble(self, name: str, piece: Tensor) -> Tensor:
@@ -210,7 +215,7 @@ class Topology:
         """A shard for each name of each parameter, a tied one under all that it has."""
         by_parameter = {id(shard.parameter): shard for shard in self.shards.values()}
         named = self.model.named_parameters(remove_duplicate=False)
-        return {name: by_parameter[id(parameter)] for name, parameter in named}
+        return {_plain(name): by_parameter[id(parameter)] for name, parameter in named}
 
     def release(self) -> None:
         """Drop what an engine keeps of parameters between forwards, so that the next one reads the shards.
@@ -252,14 +257,22 @@ def require_supported_dtypes(shards: Iterable[Shard]) -> None:
             )
 
 
-def _shards(model: nn.Module) -> Iterable[Shard]:
+def _refuse_fsdp1(model: nn.Module) -> None:
     fsdp1 = next((name for name, module in model.named_modules() if hasattr(module, "_fsdp_wrapped_module")), None)
     if fsdp1 is not None:
         raise UnsupportedModelError(f"module {fsdp1 or 'model'!r} is wrapped by FSDP1; supported: {SUPPORTED}")
-    inner = unwrap(model)
+
+
+def _shards(model: nn.Module) -> Iterable[Shard]:
     # Between a forward and the next backward FSDP2 can have whole tensors in the places of its DTensors.
-    _reshard(inner)
-    for name, parameter in inner.named_parameters():
+    _reshard(model)
+    for wrapped_name, parameter in model.named_parameters():
+        name = _plain(wrapped_name)
+        if parameter.is_meta:
+            raise UnsupportedModelError(
+                f"parameter {name!r} is on the meta device, its values are elsewhere (offloaded by Accelerate, say); "
+                f"supported: {SUPPORTED}"
+            )
         # DeepSpeed marks so what lies whole on every rank but is another part of the model on each.
         if not getattr(parameter, "allreduce", True) or getattr(parameter, "tensor_model_parallel", False):
             raise UnsupportedModelError(f"parameter {name!r} is expert- or tensor-parallel; supported: {SUPPORTED}")
@@ -269,6 +282,11 @@ def _shards(model: nn.Module) -> Iterable[Shard]:
             yield RowShard(name, parameter)
         else:
             yield ReplicatedShard(name, parameter)
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without the wrappers of modules in its path: activation checkpointing, `torch.compile`."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def _reshard(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ References:
 """
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 STATE_DIRECTORY = "truestep_reference_ref_model"
 
-WRAPPERS_OF_PEFT = (".base_layer.", ".original_module.")
+WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")
+WRAPPERS_OF_PEFT = re.compile(r"(?<=\.)(base_layer|original_module|token_adapter)\.")
 
 
 def is_sync(t: int, *, sync_steps: int) -> bool:
@@ -110,7 +112,11 @@ def partners(policy: nn.Module, reference: nn.Module) -> dict[str, nn.Parameter]
         ValueError: A parameter of the reference has no partner, one of another shape, or, being tied, several.
     """
     one_has_adapters = _has_adapters(policy) != _has_adapters(reference)
-    known_as = _base_name if one_has_adapters else str
+
+    def known_as(name: str) -> str:
+        name = WRAPPERS.sub("", name)
+        return _base_name(name) if one_has_adapters else name
+
     candidates = {known_as(name): p for name, p in policy.named_parameters(remove_duplicate=False)}
     names_of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in reference.named_parameters(remove_duplicate=False):
@@ -182,7 +188,7 @@ class SyncRefModelCallback(TrainerCallback):
         if self.ref_model is None:
             return
         assert model is not None, "a trainer hands its model to every event"
-        sync_steps, _ = _settings(args)
+        sync_steps, _ = _agreed_settings(args)
         policy, reference = self._unwrap(model), self._unwrap(self.ref_model)
         for one in (policy, reference):
             whole.require_supported(one)
@@ -191,7 +197,6 @@ class SyncRefModelCallback(TrainerCallback):
         self._partners = partners(policy, reference)
         self._values = {name: self._held(name) for name in self._partners}
         self._errors = {name: torch.zeros_like(value) for name, value in self._values.items()}
-        self._synced = False
         if state.global_step > 0 and self.save_reference:
             directory = checkpoint_resumed(args, state.global_step) / STATE_DIRECTORY
             self._restore(directory, state, is_expected=state.global_step >= sync_steps)
@@ -291,7 +296,8 @@ class SyncRefModelCallback(TrainerCallback):
 
     def _unwrap(self, model: nn.Module | None) -> nn.Module:
         assert model is not None, "nothing is asked of a callback without a reference model"
-        return whole.unwrap(model if self.accelerator is None else self.accelerator.unwrap_model(model))
+        unwrapped = whole.unwrap(model)  # refuses FSDP1, which an accelerator would take off
+        return unwrapped if self.accelerator is None else whole.unwrap(self.accelerator.unwrap_model(model))
 
     def _restore(self, directory: Path, state: TrainerState, is_expected: bool) -> None:
         tensors = read_tensors(directory, self._origin(state.global_step))
@@ -317,6 +323,28 @@ class SyncRefModelCallback(TrainerCallback):
             "dtypes": {name: str(self._parameters[name].dtype) for name in self._partners},
             "shapes": {name: list(_shape(self._parameters[name])) for name in self._partners},
         }
+
+
+def _agreed_settings(args: Any) -> tuple[int, float]:
+    """N and α, the same on every rank.
+
+    Raises:
+        ValueError: On every rank: one is missing or out of range on some rank, or ranks have different ones.
+    """
+    try:
+        mine: tuple[int, float] | str = _settings(args)
+    except ValueError as error:
+        mine = str(error)
+    everyone = whole.from_every_rank(mine)
+    for said in everyone:
+        if isinstance(said, str):
+            raise ValueError(said)
+    if len(set(everyone)) > 1:
+        raise ValueError(
+            f"args.ref_model_sync_steps and args.ref_model_mixup_alpha must be the same on all ranks, got {everyone}"
+        )
+    settings: tuple[int, float] = everyone[0]
+    return settings
 
 
 def _settings(args: Any) -> tuple[int, float]:
@@ -347,12 +375,14 @@ def _has_adapters(model: nn.Module) -> bool:
 def _is_shared(one: nn.Parameter, other: nn.Parameter) -> bool:
     """Tells whether two parameters are one: the same object, or whole tensors in the same memory."""
     is_whole = not any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in (one, other))
-    return one is other or (is_whole and one.numel() > 0 and one.data_ptr() == other.data_ptr())
+    return one is other or (is_whole and one.numel() > 0 and _memory(one) == _memory(other))
+
+
+def _memory(parameter: nn.Parameter) -> tuple[int, tuple[int, ...]]:
+    """Where a whole parameter begins in memory, and the distances between its elements."""
+    return parameter.data_ptr(), parameter.stride()
 
 
 def _base_name(name: str) -> str:
     """The name that a weight had before PEFT wrapped its model."""
-    name = name.removeprefix("base_model.model.")
-    for wrapper in WRAPPERS_OF_PEFT:
-        name = name.replace(wrapper, ".")
-    return name
+    return WRAPPERS_OF_PEFT.sub("", name.removeprefix("base_model.model."))

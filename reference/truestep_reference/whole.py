@@ -151,6 +151,22 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
+def from_every_rank(value: Any) -> list[Any]:
+    """Collects what every rank has to say.
+
+    Args:
+        value: This rank's value; it can be pickled.
+
+    Returns:
+        The values of all ranks, in their order.
+    """
+    values = [value]
+    if torch.distributed.is_initialized():
+        values = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def from_main_process(message: str | None) -> str | None:
     """Tells every rank what the main process has to say, and waits for it.
 

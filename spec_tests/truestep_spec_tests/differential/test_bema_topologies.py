@@ -265,9 +265,9 @@ def test_neither_size_nor_threads_nor_topology_change_a_bit_of_a_large_parameter
     implementation: Implementation, ranks: Ranks, tmp_path: Path, dtype: str
 ) -> None:
     require(implementation, "shadow_state_dict", "shadow_weights")
-    setup = Setup(implementation.name, dtype=dtype, steps=2, hyperparameters={"update_freq": 1})
+    setup = Setup(implementation.name, dtype=dtype, steps=1, hyperparameters={"update_freq": 1})
     ((_, expected),) = ranks(1).run(walk_large, setup, tmp_path, threads=1)
-    for topology, count, threads in (("single", 1, 3), ("ddp", 2, 1), ("zero3", 3, 2), ("fsdp2", 2, 1)):
+    for topology, count, threads in (("single", 1, 3), ("ddp", 2, 1), ("zero3", 3, 2)):
         outcomes = ranks(count).run(walk_large, setup.on(topology=topology), tmp_path, threads=threads)
         for comparisons, actual in outcomes:
             assert comparisons.divergence is None, str(comparisons.divergence)

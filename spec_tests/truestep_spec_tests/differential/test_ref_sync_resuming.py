@@ -91,7 +91,7 @@ def assert_same(expected: Weights, actual: Weights) -> None:
 
 @pytest.mark.parametrize(
     ("topology", "count", "dtype"),
-    [("single", 1, "float32"), ("ddp", 2, "bfloat16"), ("zero3", 2, "bfloat16"), ("fsdp2", 2, "float32")],
+    [("single", 1, "float32"), ("ddp", 2, "bfloat16"), ("zero3", 2, "bfloat16")],
 )
 def test_a_killed_training_that_is_resumed_ends_with_the_reference_model_of_one_that_was_not(
     implementation: Implementation, ranks: Ranks, tmp_path: Path, topology: str, count: int, dtype: str
@@ -316,3 +316,46 @@ def test_the_state_of_another_model_or_type_is_an_error_that_names_a_parameter(
         assert error is not None
         assert "embedding.weight" in error or "scale" in error
         assert str(tmp_path / "checkpoint-4" / STATE / "index.json") in error
+
+
+# ── From one training to the next ─────────────────────────────────────────────
+
+
+def train_twice(setup: Setup, directory: Path) -> None:
+    """Two walks with one object; the second is saved before its first sync."""
+    subject = setup.subject(setup.build_ref_model(), None)
+    for last in (2, 1):
+        walk = Walk(setup, directory, [subject])
+        walk.begin()
+        walk.go_to(last)
+    walk.events.save()
+
+
+@pytest.mark.clause("SYNC-13")
+def test_a_reference_model_that_has_moved_in_an_earlier_training_is_saved_before_the_next_sync_too(
+    implementation: Implementation, ranks: Ranks, tmp_path: Path
+) -> None:
+    skip_the_reference(implementation, "has files of its own kind")
+    ranks(1).run(train_twice, syncing(implementation.name, model="odd"), tmp_path)
+    assert (tmp_path / "checkpoint-1" / STATE / "index.json").is_file()
+
+
+def search(setup: Setup, directory: Path) -> list[str]:
+    """The warnings of a walk within a hyperparameter search, which is saved."""
+    walk = Walk(setup, directory, [setup.subject(setup.build_ref_model(), None)])
+    walk.events.reset()
+    walk.events.state.is_hyper_param_search = True
+    with logged_warnings() as warnings:
+        walk.events.fire("on_train_begin")
+        walk.go_to(2)
+        walk.events.save()
+    return warnings
+
+
+def test_in_a_hyperparameter_search_nothing_is_saved_and_the_main_process_says_so(
+    implementation: Implementation, ranks: Ranks, tmp_path: Path
+) -> None:
+    skip_the_reference(implementation, "knows of no searches")
+    warnings = ranks(2).run(search, syncing(implementation.name, "ddp", 2, model="odd"), tmp_path)
+    assert [len(of_rank) for of_rank in warnings] == [1, 0]
+    assert not list(tmp_path.glob(f"checkpoint-*/{STATE}/*"))

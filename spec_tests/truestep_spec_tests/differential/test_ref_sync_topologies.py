@@ -1,12 +1,15 @@
 """The reference model's bits do not depend on where the two models lie, and little is moved to get them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from truestep_fixtures import topologies
 from truestep_fixtures.events import Events
@@ -112,7 +115,8 @@ def error_at_train_begin(setup: Setup, directory: Path, spoil: Callable[[Placed]
     spoil(placed)
     walk = Walk(setup, directory, [setup.subject(placed.engine, None)])
     message = error_of(walk.begin)
-    return message, all(same_bits(value, placed.read()[name]) for name, value in before.items())
+    after = dict(placed.model.named_parameters()) if spoil is leave_on_meta else placed.read()
+    return message, all(same_bits(value, after[name]) for name, value in before.items() if name != "up")
 
 
 def offload_to_nvme(placed: Placed) -> None:
@@ -129,6 +133,75 @@ def quantise(placed: Placed) -> None:
 
 def make_integer(placed: Placed) -> None:
     placed.model.up = nn.Parameter(torch.zeros(7, 3, dtype=torch.int8), requires_grad=False)
+
+
+def leave_on_meta(placed: Placed) -> None:
+    placed.model.up = nn.Parameter(placed.model.up.to("meta"), requires_grad=False)
+
+
+def wrap_in_fsdp1(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+
+
+class Unwrapping:
+    """An accelerator, as far as the callback needs one."""
+
+    def unwrap_model(self, model: nn.Module) -> nn.Module:
+        inner: Any = model
+        while isinstance(inner, FullyShardedDataParallel | Wrapped):
+            inner = inner.module
+        return inner
+
+
+class Wrapped(nn.Module):
+    """A wrapper that nobody but `Unwrapping` knows."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def walk_with_accelerator(setup: Setup, directory: Path, wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Tensor]:
+    """The reference model at the end of a walk with an accelerator that takes the wrappers off."""
+    model, reference = setup.build_model(), setup.build_ref_model()
+    walk = Walk(setup, directory, [], placed=Placed("single", model, model))
+    walk.events = Events(wrap(model), walk.events.args, [setup.subject(wrap(reference), Unwrapping())])
+    walk.begin()
+    walk.go_to(setup.steps)
+    return topologies.read_parameters(reference)
+
+
+def error_under_fsdp1(setup: Setup, directory: Path, wraps: Sequence[Callable[[nn.Module], nn.Module]]) -> str | None:
+    policy, reference = (wrap(setup.build_model()) for wrap in wraps)
+    args = topologies.training_arguments("ddp", directory, **setup.training)
+    return error_of(Events(policy, args, [setup.subject(reference, Unwrapping())]).train_begin)
+
+
+def wrap_blocks(model: nn.Module) -> nn.Module:
+    """With activation checkpointing in every layer, as Accelerate puts it into a policy."""
+    layers: Any = model.get_submodule("model.layers")
+    for index, layer in enumerate(layers):
+        layers[index] = checkpoint_wrapper(layer)
+    return model
+
+
+def walk_with_activation_checkpointing(setup: Setup, directory: Path) -> dict[str, Tensor]:
+    """The reference model at the end of a walk; only the policy has activation checkpointing."""
+    reference, model, walk = setup.build_ref_model(), wrap_blocks(setup.build_model()), Walk(setup, directory, [])
+    walk.events = Events(model, walk.events.args, [setup.subject(reference, None)])
+    for step in range(setup.steps + 1):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(walk.points[step][name.replace("_checkpoint_wrapped_module.", "")])
+        walk.events.train_begin() if step == 0 else walk.events.step(step)
+    return topologies.read_parameters(reference)
+
+
+def error_of_one_rank(setup: Setup, directory: Path) -> str | None:
+    """The error at train begin, where rank 1 alone has an α that cannot be."""
+    bad = {"ref_model_mixup_alpha": -1.0} if dist.get_rank() == 1 else {}
+    walk = Walk(setup.on(training=setup.training | bad), directory, [setup.subject(setup.build_ref_model(), None)])
+    return error_of(walk.begin)
 
 
 def make_expert(placed: Placed) -> None:
@@ -209,14 +282,15 @@ def test_models_that_lie_differently_give_the_bits_of_one_process(
 
 @pytest.mark.clause("SYNC-3", "SYNC-4", "SYNC-6")
 @pytest.mark.parametrize(
-    ("dtype", "reference_dtype"),
+    ("dtype", "reference_dtype", "alpha", "topology", "count"),
     [
-        ("float32", "bfloat16"),
-        ("bfloat16", "float32"),
-        ("float64", "float32"),
-        ("float32", "float64"),
-        ("float64", "bfloat16"),
-        ("bfloat16", "float16"),
+        ("float32", "bfloat16", 0.3, "zero3", 2),
+        ("float32", "bfloat16", 1.0, "fsdp2", 3),
+        ("bfloat16", "float32", 0.7, "fsdp2", 3),
+        ("float64", "float32", 0.3, "ddp", 2),
+        ("float32", "float64", 0.7, "single", 1),
+        ("float64", "bfloat16", 0.6, "fsdp2", 2),
+        ("bfloat16", "float16", 0.3, "zero3", 3),
     ],
 )
 def test_models_of_different_types_are_blended_in_the_wider_one(
@@ -226,14 +300,16 @@ def test_models_of_different_types_are_blended_in_the_wider_one(
     tmp_path: Path,
     dtype: str,
     reference_dtype: str,
+    alpha: float,
+    topology: str,
+    count: int,
 ) -> None:
-    for alpha, (topology, count) in ((0.3, ("single", 1)), (1.0, ("zero3", 2)), (0.7, ("fsdp2", 3))):
-        setup = syncing(implementation.name, topology, count, alpha=alpha, dtype=dtype, model="odd")
-        setup = setup.on(ref_model={"dtype": reference_dtype})
-        for outcome in ranks(count).run(follow_in_lockstep, setup, tmp_path / topology):
-            assert outcome.comparisons.divergence is None, str(outcome.comparisons.divergence)
-        for actual in ranks(count).run(walked, setup, tmp_path / f"{topology}-bits"):
-            assert_same_weights(in_one_process(setup), actual)
+    setup = syncing(implementation.name, topology, count, alpha=alpha, dtype=dtype, model="odd")
+    setup = setup.on(ref_model={"dtype": reference_dtype})
+    for outcome in ranks(count).run(follow_in_lockstep, setup, tmp_path / "lockstep"):
+        assert outcome.comparisons.divergence is None, str(outcome.comparisons.divergence)
+    for actual in ranks(count).run(walked, setup, tmp_path / "walked"):
+        assert_same_weights(in_one_process(setup), actual)
 
 
 @pytest.mark.clause("SYNC-2", "SYNC-6")
@@ -247,6 +323,26 @@ def test_wrapped_models_give_the_same_bits(
 ) -> None:
     setup = syncing(implementation.name, model="odd")
     (actual,) = ranks(1).run(walk_wrapped, setup, tmp_path, wrap)
+    expected = in_one_process(setup)[setup.steps]
+    assert all(same_bits(value, actual[name]) for name, value in expected.items())
+
+
+@pytest.mark.clause("SYNC-2")
+def test_an_accelerator_takes_off_what_it_alone_knows(
+    implementation: Implementation, ranks: Ranks, in_one_process: Callable[[Setup], Weights], tmp_path: Path
+) -> None:
+    setup = syncing(implementation.name, model="odd")
+    (actual,) = ranks(1).run(walk_with_accelerator, setup, tmp_path, Wrapped)
+    expected = in_one_process(setup)[setup.steps]
+    assert all(same_bits(value, actual[name]) for name, value in expected.items())
+
+
+@pytest.mark.clause("SYNC-2")
+def test_activation_checkpointing_of_one_model_is_no_part_of_a_name(
+    implementation: Implementation, ranks: Ranks, in_one_process: Callable[[Setup], Weights], tmp_path: Path
+) -> None:
+    setup = syncing(implementation.name)
+    (actual,) = ranks(1).run(walk_with_activation_checkpointing, setup, tmp_path)
     expected = in_one_process(setup)[setup.steps]
     assert all(same_bits(value, actual[name]) for name, value in expected.items())
 
@@ -309,6 +405,7 @@ def test_parameters_that_are_offloaded_to_the_cpu_follow(
         ("zero3", 2, quantise, "quantised"),
         ("ddp", 2, make_expert, "parallel"),
         ("single", 1, make_integer, "int8"),
+        ("single", 1, leave_on_meta, "meta"),
     ],
 )
 def test_a_reference_model_that_cannot_be_synced_is_refused_by_name_before_anything_changed(
@@ -328,7 +425,27 @@ def test_a_reference_model_that_cannot_be_synced_is_refused_by_name_before_anyth
         assert message is not None
         assert "up" in message
         assert named in message
-        assert is_unchanged or spoil is make_integer
+        assert is_unchanged
+
+
+@pytest.mark.clause("SYNC-8")
+def test_fsdp1_is_refused_whatever_an_accelerator_would_take_off(
+    implementation: Implementation, ranks: Ranks, tmp_path: Path
+) -> None:
+    setup = syncing(implementation.name, "ddp", 2, model="odd")
+    for wraps in ([wrap_in_fsdp1, Wrapped], [Wrapped, wrap_in_fsdp1], [wrap_in_fsdp1, wrap_in_fsdp1]):
+        for message in ranks(2).run(error_under_fsdp1, setup, tmp_path, wraps):
+            assert message is not None
+            assert "FSDP1" in message
+
+
+@pytest.mark.clause("SYNC-8")
+def test_a_setting_that_is_bad_on_one_rank_is_an_error_of_every_rank(
+    implementation: Implementation, ranks: Ranks, tmp_path: Path
+) -> None:
+    for message in ranks(2).run(error_of_one_rank, syncing(implementation.name, "ddp", 2, model="odd"), tmp_path):
+        assert message is not None
+        assert "ref_model_mixup_alpha" in message
 
 
 # ── Memory and traffic ────────────────────────────────────────────────────────

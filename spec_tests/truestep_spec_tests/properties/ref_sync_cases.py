@@ -1,10 +1,10 @@
 """What the properties of SyncRefModel are stated over: values of every kind, exact blends, references led by hand."""
 
 import copy
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -61,9 +61,6 @@ BAD_SETTINGS: list[tuple[str, Any]] = [
 ]
 """Fields with values that they cannot have."""
 
-NEEDS_A_TRAIN_BEGIN = ("truestep_reference",)
-"""Packages whose callback does nothing in a training whose begin it has not seen."""
-
 NEED_A_TRAIN_BEGIN = ("truestep_reference",)
 """Packages whose callback does nothing in a training whose begin it has not seen."""
 
@@ -89,7 +86,7 @@ def set_field(args: TrainingArguments, field: str, value: Any) -> None:
         setattr(args, field, value)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Subject:
     """A callback under test, and how it is led in a training of a policy that the test writes.
 
@@ -101,7 +98,7 @@ class Subject:
 
     implementation: Implementation
     args: TrainingArguments
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def having(self, **options: Any) -> "Subject":
         """The same with options, of which False is the default; skips the test if the constructor lacks one."""
@@ -109,7 +106,7 @@ class Subject:
         missing = [option for option in wanted if not offers(self.implementation, option)]
         if missing:
             pytest.skip(f"SyncRefModelCallback of {self.implementation} takes no {', '.join(missing)}")
-        return replace(self, options=wanted)
+        return dataclasses.replace(self, options=wanted)
 
     def joining(self) -> "Subject":
         """The same; skips the test if the callback cannot be added in the middle of a training."""
@@ -123,12 +120,11 @@ class Subject:
         return callback
 
     def events(
-        self, callback: TrainerCallback, policy: nn.Module, alpha: Any, sync_steps: Any = 1, **parts: Any
+        self, callback: TrainerCallback, policy: nn.Module, alpha: float, sync_steps: int = 1, **parts: Any
     ) -> Events:
-        """A training with a callback, before its begin."""
+        """A training with a callback, before its begin; `parts` are more that a Trainer hands to callbacks."""
         args = copy.copy(self.args)
-        for field_, value in zip(FIELDS, (sync_steps, alpha), strict=True):
-            set_field(args, field_, value)
+        args.ref_model_sync_steps, args.ref_model_mixup_alpha = sync_steps, alpha
         return Events(policy, args, [callback], **parts)
 
     def begin(self, policy: nn.Module, reference: nn.Module, alpha: float, sync_steps: int = 1) -> Events:
@@ -137,9 +133,9 @@ class Subject:
         events.train_begin()
         return events
 
-    def refusal(self, policy: nn.Module, reference: nn.Module, alpha: Any = 0.5, sync_steps: Any = 1) -> str:
+    def refusal(self, policy: nn.Module, reference: nn.Module) -> str:
         """The message of the error at train begin, before which nothing was changed."""
-        events = self.events(self.callback(reference), policy, alpha, sync_steps)
+        events = self.events(self.callback(reference), policy, alpha=0.5)
         before = all_bits(policy), all_bits(reference)
         with pytest.raises((ValueError, RuntimeError)) as error:
             events.train_begin()

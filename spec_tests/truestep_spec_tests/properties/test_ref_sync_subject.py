@@ -164,6 +164,8 @@ def test_buffers_and_shared_parameters_keep_every_bit(
 ) -> None:
     reference, policy = of(0.0), of(1.0)
     policy.shared = reference.shared = nn.Parameter(data.draw(anything(dtype)))
+    policy.memory = nn.Parameter(data.draw(anything(dtype)))
+    reference.memory = nn.Parameter(policy.memory.detach())
     for model in (reference, policy):
         model.register_buffer("buffer", data.draw(anything(dtype)))
     before = all_bits(reference)

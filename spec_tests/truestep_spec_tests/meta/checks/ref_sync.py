@@ -95,6 +95,11 @@ def refuses_bad_settings(suspect: Suspect) -> str | None:
     return suspect.fault(_setup(suspect), faults.with_bad_settings)
 
 
+def refuses_settings_that_differ_between_ranks(suspect: Suspect) -> str | None:
+    """Each would do by itself."""
+    return suspect.fault(_setup(suspect, "ddp", 2), faults.with_settings_of_one_rank, 0.9)
+
+
 def has_the_constructor_of_the_documentation(suspect: Suspect) -> str | None:
     """Names and order."""
     return suspect.fault(_setup(suspect), faults.in_the_constructor)
@@ -116,6 +121,11 @@ def refuses_a_parameter_without_partner(suspect: Suspect) -> str | None:
 def refuses_another_shape(suspect: Suspect) -> str | None:
     """Before anything has changed, also where shapes could be broadcast."""
     return suspect.fault(_setup(suspect), faults.with_another_shape)
+
+
+def leaves_shared_memory_alone(suspect: Suspect) -> str | None:
+    """A layer that both models have in one memory, with an infinity in it."""
+    return suspect.fault(_setup(suspect), faults.in_shared_memory)
 
 
 def follows_the_base_weights_of_an_adapted_policy(suspect: Suspect) -> str | None:
@@ -146,6 +156,45 @@ def resumes_the_master_copy_on_other_ranks(suspect: Suspect) -> str | None:
     changes: dict[str, Any] = {"dtype": "bfloat16", "alpha": 0.02, "hyperparameters": {"master_weights": True}}
     before, after = _setup(suspect, "ddp", 3, **changes), _setup(suspect, "zero3", 2, **changes)
     return _difference_of_resuming(suspect, before, after)
+
+
+def forwards_see_what_was_restored(suspect: Suspect) -> str | None:
+    """Whole copies from a forward before train begin, of parameters that are persistent."""
+    return _fault_after_resuming(suspect, "zero3_persistent")
+
+
+def forwards_see_what_was_restored_with_secondary_partitions(suspect: Suspect) -> str | None:
+    """Secondary partitions from a forward before train begin."""
+    return _fault_after_resuming(suspect, "zero3", 2)
+
+
+def saves_again_what_it_has_restored(suspect: Suspect) -> str | None:
+    """A save after resuming, before the next sync."""
+    suspect.run(_setup(suspect), walked, last=SAVED_AT, save=True)
+    suspect.run(_setup(suspect), walked, first=SAVED_AT, last=SAVED_AT, save=True)
+    index = suspect.directory / f"checkpoint-{SAVED_AT}" / "truestep_ref_model" / "index.json"
+    return None if index.is_file() else "the reference is not in the checkpoint"
+
+
+def keeps_two_references_apart(suspect: Suspect) -> str | None:
+    """Two callbacks in one training, saved and resumed."""
+    return suspect.fault(_setup(suspect), faults.with_two_references)
+
+
+def changes_nothing_before_all_was_read(suspect: Suspect) -> str | None:
+    """The last byte of the state is damaged."""
+    suspect.run(_setup(suspect), walked, last=SAVED_AT, save=True)
+    (file,) = suspect.directory.glob(f"checkpoint-{SAVED_AT}/truestep_ref_model/*.safetensors")
+    contents = bytearray(file.read_bytes())
+    contents[-1] ^= 1
+    file.write_bytes(contents)
+    return suspect.fault(_setup(suspect), faults.in_a_failed_resumption, SAVED_AT)
+
+
+def _fault_after_resuming(suspect: Suspect, topology: str, *secondary: int) -> str | None:
+    setup = _setup(suspect, topology, 2, model="qwen2")
+    suspect.run(setup, walked, last=SAVED_AT, save=True)
+    return suspect.fault(setup, faults.in_forwards_after_resuming, SAVED_AT, *secondary)
 
 
 def saves_nothing_where_that_is_turned_off(suspect: Suspect) -> str | None:

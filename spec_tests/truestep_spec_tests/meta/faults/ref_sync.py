@@ -6,22 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from truestep_fixtures import topologies
 from truestep_fixtures.events import Events
 from truestep_fixtures.topologies import read_parameters
 
 from truestep_spec_tests.differential.traffic import Tapped
-from truestep_spec_tests.lockstep.ref_sync import lockstep
+from truestep_spec_tests.lockstep.ref_sync import lockstep, logits
 from truestep_spec_tests.meta.faults import Values, first_difference, unless_it_raises
 from truestep_spec_tests.meta.specification import constructor
-from truestep_spec_tests.runs import Setup, Walk
-
-BAD_SETTINGS = [
-    *[{"ref_model_sync_steps": value} for value in (0, -1, 2.5, True, "2", None)],
-    *[{"ref_model_mixup_alpha": value} for value in (-0.1, 1.1, float("nan"), float("inf"), True, "0.5", None)],
-]
-
+from truestep_spec_tests.properties.ref_sync_cases import BAD_SETTINGS, set_field
+from truestep_spec_tests.runs import Setup, Walk, same_bits
 
 # On a trajectory
 
@@ -102,6 +98,43 @@ def in_a_second_training(setup: Setup, directory: Path) -> str | None:
     return _not_blended(read_parameters(reference), before, walk.points[2], setup.training["ref_model_mixup_alpha"])
 
 
+def in_forwards_after_resuming(setup: Setup, directory: Path, step: int, secondary: int = 1) -> str | None:
+    """A forward after train begin does not see the weights that were restored."""
+    partitions = {"zero_hpz_partition_size": secondary}
+    policy = topologies.place(setup.build_model(), setup.topology, **partitions)
+    placed, fresh = setup.place_ref_model(**partitions), setup.build_ref_model()
+    walk = Walk(setup, directory, [setup.subject(placed.engine, None)], placed=policy)
+    for _ in range(2):
+        logits(placed.engine)
+    walk.begin(step)
+    found = [logits(placed.engine) for _ in range(2)]
+    topologies.write_parameters(fresh, placed.read())
+    expected = logits(fresh)
+    return None if all(same_bits(one, expected) for one in found) else "a forward sees other weights"
+
+
+def in_a_failed_resumption(setup: Setup, directory: Path, step: int) -> str | None:
+    """A damaged state is accepted, or has changed something."""
+    reference = setup.build_ref_model()
+    before = read_parameters(reference)
+    walk = Walk(setup, directory, [setup.subject(reference, None)])
+    accepted = unless_it_raises(lambda: walk.begin(step))
+    return accepted or first_difference(read_parameters(reference), before)
+
+
+def with_two_references(setup: Setup, directory: Path) -> str | None:
+    """After resuming, one of them is not what it was."""
+    saved, resumed = ([setup.on(seed=seed).build_ref_model() for seed in (0, 1)] for _ in range(2))
+    walk = Walk(setup, directory, [setup.subject(reference, None) for reference in saved])
+    walk.begin()
+    walk.go_to(2)
+    walk.events.save()
+    Walk(setup, directory, [setup.subject(reference, None) for reference in resumed]).begin(2)
+    pairs = zip(resumed, saved, strict=True)
+    faults = (first_difference(read_parameters(one), read_parameters(other)) for one, other in pairs)
+    return next(filter(None, faults), None)
+
+
 # With pairs of models
 
 
@@ -132,6 +165,16 @@ def with_another_shape(setup: Setup, directory: Path) -> str | None:
     return _unless_refused(setup, directory, Two("ab", (1, 3)), Two("ab", (2, 3)))
 
 
+def in_shared_memory(setup: Setup, directory: Path) -> str | None:
+    """A layer that is shared by its memory is changed."""
+    policy, reference = Two("ab"), Two("ab")
+    policy.a.data[0, 0] = torch.inf
+    reference.a.data = policy.a.data
+    before = read_parameters(policy)
+    _sync_once(setup, directory, policy, reference)
+    return first_difference(read_parameters(policy), before)
+
+
 def with_adapters_on_the_policy(setup: Setup, directory: Path) -> str | None:
     """The reference is refused, or does not follow the base weights."""
     policy = setup.build_model()
@@ -153,11 +196,20 @@ def with_adapters_on_the_policy(setup: Setup, directory: Path) -> str | None:
 
 def with_bad_settings(setup: Setup, directory: Path) -> str | None:
     """Train begin accepts what no interval or α can be."""
-    for settings in BAD_SETTINGS:
-        events = _events(setup.on(training=setup.training | settings), directory, Two("ab"), Two("ab"))
+    for field, value in BAD_SETTINGS:
+        events = _events(setup, directory, Two("ab"), Two("ab"))
+        set_field(events.args, field, value)
         if unless_it_raises(events.train_begin) is not None:
-            return f"{settings} is accepted"
+            return f"{field}={value} is accepted"
     return None
+
+
+def with_settings_of_one_rank(setup: Setup, directory: Path, alpha: float) -> str | None:
+    """Train begin is not an error on a rank, although rank 1 has another α than rank 0."""
+    mine = setup.training | ({"ref_model_mixup_alpha": alpha} if dist.get_rank() == 1 else {})
+    args = topologies.training_arguments("ddp", directory, **mine)
+    events = Events(Two("ab"), args, [setup.subject(Two("ab"), None)])
+    return unless_it_raises(events.train_begin)
 
 
 def in_the_constructor(setup: Setup, directory: Path) -> str | None:
