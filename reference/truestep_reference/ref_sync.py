@@ -189,14 +189,7 @@ class SyncRefModelCallback(TrainerCallback):
             return
         assert model is not None, "a trainer hands its model to every event"
         sync_steps, _ = _agreed_settings(args)
-        policy, reference = self._unwrap(model), self._unwrap(self.ref_model)
-        for one in (policy, reference):
-            whole.require_supported(one)
-        self._parameters = whole.named_parameters(reference)
-        whole.named_parameters(policy)
-        self._partners = partners(policy, reference)
-        self._values = {name: self._held(name) for name in self._partners}
-        self._errors = {name: torch.zeros_like(value) for name, value in self._values.items()}
+        self._pair(model, state)
         if state.global_step > 0 and self.save_reference:
             directory = checkpoint_resumed(args, state.global_step) / STATE_DIRECTORY
             self._restore(directory, state, is_expected=state.global_step >= sync_steps)
@@ -207,6 +200,8 @@ class SyncRefModelCallback(TrainerCallback):
             return
         sync_steps, alpha = _settings(args)
         if is_sync(state.global_step, sync_steps=sync_steps):
+            if not self._parameters:  # added in the middle of a training
+                self._pair(kwargs["model"], state)
             for name in self._partners:
                 self._sync(name, alpha)
             whole.reshard(self._unwrap(self.ref_model))
@@ -258,6 +253,23 @@ class SyncRefModelCallback(TrainerCallback):
         }
 
     # Parts
+
+    def _pair(self, model: nn.Module, state: TrainerState) -> None:
+        """Finds the partners, and takes the reference as it is."""
+        policy, reference = self._unwrap(model), self._unwrap(self.ref_model)
+        for one in (policy, reference):
+            whole.require_supported(one)
+        self._parameters = whole.named_parameters(reference)
+        whole.reshard(policy)
+        self._partners = partners(policy, reference)
+        self._values = {name: self._held(name) for name in self._partners}
+        self._errors = {name: torch.zeros_like(value) for name, value in self._values.items()}
+        if _has_adapters(policy) and not _has_adapters(reference) and state.is_world_process_zero:
+            trained = sum(p.requires_grad for p in self._partners.values())
+            logger.warning(
+                f"the reference follows the base weights of the policy, of which {trained} of {len(self._partners)} are "
+                "trained, and not its adapters"
+            )
 
     def _sync(self, name: str, alpha: float) -> None:
         """Moves one parameter."""

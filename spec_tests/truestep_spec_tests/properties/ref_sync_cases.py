@@ -61,9 +61,6 @@ BAD_SETTINGS: list[tuple[str, Any]] = [
 ]
 """Fields with values that they cannot have."""
 
-NEED_A_TRAIN_BEGIN = ("truestep_reference",)
-"""Packages whose callback does nothing in a training whose begin it has not seen."""
-
 weights = st.sampled_from([0.01, 0.25, 0.5, 0.6, 0.9]) | st.floats(0, 1, exclude_min=True, exclude_max=True)
 """Values of α that blend: neither 0 nor 1."""
 
@@ -107,12 +104,6 @@ class Subject:
         if missing:
             pytest.skip(f"SyncRefModelCallback of {self.implementation} takes no {', '.join(missing)}")
         return dataclasses.replace(self, options=wanted)
-
-    def joining(self) -> "Subject":
-        """The same; skips the test if the callback cannot be added in the middle of a training."""
-        if self.implementation.SyncRefModelCallback.__module__.partition(".")[0] in NEED_A_TRAIN_BEGIN:
-            pytest.skip(f"SyncRefModelCallback of {self.implementation} learns of the policy at train begin alone")
-        return self
 
     def callback(self, reference: nn.Module | None, accelerator: Accelerator | None = None) -> TrainerCallback:
         """A new callback."""

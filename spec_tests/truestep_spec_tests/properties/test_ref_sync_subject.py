@@ -464,7 +464,7 @@ def test_a_second_training_pairs_anew_and_goes_on_from_the_weights_that_the_refe
 def test_a_callback_that_is_added_in_the_middle_of_a_training_begins_with_its_first_sync(
     subject: Subject, master_weights: bool
 ) -> None:
-    subject = subject.having(master_weights=master_weights).joining()
+    subject = subject.having(master_weights=master_weights)
     reference, policy = of(0.0).bfloat16(), of(1.0).bfloat16()
     events = subject.events(subject.callback(reference), policy, 0.5, sync_steps=2)
     for t, expected in ((5, 0.0), (6, 0.5), (7, 0.5), (8, 0.75)):
