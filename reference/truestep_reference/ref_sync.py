@@ -267,8 +267,8 @@ class SyncRefModelCallback(TrainerCallback):
         if _has_adapters(policy) and not _has_adapters(reference) and state.is_world_process_zero:
             trained = sum(p.requires_grad for p in self._partners.values())
             logger.warning(
-                f"the reference follows the base weights of the policy, of which {trained} of {len(self._partners)} are "
-                "trained, and not its adapters"
+                "the reference follows the base weights of the policy, and not its adapters: "
+                f"{trained} of {len(self._partners)} base weights are trained"
             )
 
     def _sync(self, name: str, alpha: float) -> None:
