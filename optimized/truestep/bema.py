@@ -336,12 +336,7 @@ class BEMACallback(TrainerCallback):
     def _read_state(self, directory: Path, averages: ShardedAverages, step: int) -> float:
         saved = SavedState(directory)
         expected = {"callback": type(self).__name__, "step": step, "hyperparameters": self.schedule.hyperparameters()}
-        for what, value in expected.items():
-            if saved.metadata.get(what) != value:
-                raise CheckpointError(
-                    f"{saved.index}: it was saved with {what} {saved.metadata.get(what)!r}, "
-                    f"this training has {value!r}; {saved.advice}"
-                )
+        saved.require_metadata(expected)
         saved.require_parameters(averages.shards)
         try:
             for name, buffers in averages.tensors().items():

@@ -132,6 +132,19 @@ class SavedState:
         """What to do about state that cannot be used."""
         return f"restore it, or delete {self.directory} to start afresh at this step"
 
+    def require_metadata(self, expected: Mapping[str, Any]) -> None:
+        """Check what was saved beside the tensors.
+
+        Raises:
+            CheckpointError: It has another value for one of these keys.
+        """
+        for what, value in expected.items():
+            if self.metadata.get(what) != value:
+                raise CheckpointError(
+                    f"{self.index}: it was saved with {what} {self.metadata.get(what)!r}, "
+                    f"this training has {value!r}; {self.advice}"
+                )
+
     def require_parameters(self, shards: Mapping[str, Shard]) -> None:
         """Check that the state is of these parameters.
 

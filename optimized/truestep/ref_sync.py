@@ -159,7 +159,7 @@ class SyncRefModelCallback(TrainerCallback):
 
     def _blend_with(self, model: nn.Module) -> BlendedReference:
         assert self.ref_model is not None
-        unwrapper = _as_it_is if self.accelerator is None else self.accelerator.unwrap_model
+        unwrapper = None if self.accelerator is None else self.accelerator.unwrap_model
         policy, reference = Topology(model, unwrapper), Topology(self.ref_model, unwrapper)
         blended = BlendedReference(policy, reference, self.master_weights)
         if is_adapter_left_out(policy.model, reference.model) and rank() == 0:
@@ -190,11 +190,7 @@ class SyncRefModelCallback(TrainerCallback):
 
 def _read_state(blended: BlendedReference, directory: Path, step: int) -> dict[str, dict[str, Tensor]]:
     saved = SavedState(directory)
-    if saved.metadata.get("step") != step:
-        raise CheckpointError(
-            f"{saved.index}: it was saved with step {saved.metadata.get('step')!r}, this training has {step!r}; "
-            f"{saved.advice}"
-        )
+    saved.require_metadata({"step": step})
     saved.require_parameters(blended.shards)
     try:
         return blended.read(saved, has_masters=bool(saved.metadata["master_weights"]))
@@ -212,10 +208,6 @@ def _directory_of(callback: SyncRefModelCallback, state: TrainerState) -> str:
         signed.append(weakref.ref(callback))
     number = signed.index(weakref.ref(callback))
     return STATE_DIRECTORY if number == 0 else f"{STATE_DIRECTORY}_{number + 1}"
-
-
-def _as_it_is(model: nn.Module) -> nn.Module:
-    return model
 
 
 def _agreed_settings(args: Any) -> tuple[int, float]:

@@ -177,7 +177,7 @@ class Topology:
 
     Args:
         model: The model, wrapped (DDP, DeepSpeed, `torch.compile`) or not.
-        unwrapper: Takes wrappers off before those that are known here.
+        unwrapper: Takes wrappers off before those that are known here, if there is one.
 
     Attributes:
         model: The unwrapped model.
@@ -187,10 +187,9 @@ class Topology:
         UnsupportedModelError: A parameter has no flat ranges, for example under FSDP1 or tensor parallelism.
     """
 
-    def __init__(self, model: nn.Module, unwrapper: Callable[[nn.Module], nn.Module] = lambda model: model) -> None:
-        agree(lambda: _refuse_fsdp1(model), UnsupportedModelError)  # which an unwrapper would hide
-        self.model = unwrap(unwrapper(model))
-        self.shards = agree(lambda: {shard.name: shard for shard in _shards(self.model)}, UnsupportedModelError)
+    def __init__(self, model: nn.Module, unwrapper: Callable[[nn.Module], nn.Module] | None = None) -> None:
+        self.model = unwrap(model if unwrapper is None else unwrapper(model))
+        self.shards = agree(lambda: self._lay_out(model), UnsupportedModelError)
         self._ranges = self._exchange_ranges()
 
     def assemble(self, name: str, piece: Tensor) -> Tensor:
@@ -228,6 +227,10 @@ class Topology:
             parameter: Any = shard.parameter
             if getattr(parameter, "ds_secondary_tensor", None) is not None:
                 parameter.ds_secondary_tensor = None
+
+    def _lay_out(self, wrapped: nn.Module) -> dict[str, Shard]:
+        _refuse_fsdp1(wrapped)  # which an unwrapper has taken off the model
+        return {shard.name: shard for shard in _shards(self.model)}
 
     def _exchange_ranges(self) -> dict[str, list[Extent]]:
         """The owned range of every rank, for each parameter."""

@@ -274,14 +274,21 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
 
 
+def sync_in_lockstep(
+    setup: Setup, on_compared: OnCompared | None = None, **zero_optimization: Any
+) -> tuple[Placed, list[TrainerCallback], Comparisons]:
+    """A subject with its reference model where it lies, the callbacks that compare, and the results they fill in."""
+    placed, fresh = setup.place_ref_model(**zero_optimization), setup.build_ref_model()
+    subject, reference = setup.subject(placed.engine, None), setup.reference(fresh, None)
+    return placed, *ref_sync.lockstep(subject, placed, reference, fresh, on_compared)
+
+
 def _lockstep(setup: Setup, directory: Path, on_compared: OnCompared) -> tuple[list[TrainerCallback], Comparisons]:
     """A subject and the reference of the setup's callback, with what compares them."""
     if setup.callback == "BEMACallback":
         return bema.lockstep(setup.subject(), setup.reference(), directory / "reference", on_compared)
-    placed, fresh = setup.place_ref_model(), setup.build_ref_model()
-    return ref_sync.lockstep(
-        setup.subject(placed.engine, None), placed, setup.reference(fresh, None), fresh, on_compared
-    )
+    _, callbacks, comparisons = sync_in_lockstep(setup, on_compared)
+    return callbacks, comparisons
 
 
 def _watched(setup: Setup) -> tuple[TrainerCallback, Watcher]:

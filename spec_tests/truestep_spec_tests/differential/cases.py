@@ -4,15 +4,17 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 from transformers import TrainerCallback
 from truestep_fixtures.topologies import TOPOLOGIES
 
 from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.runs import Outcome
 
 DTYPES = ("float32", "bfloat16", "float64", "float16")
 """Names of the dtypes that parameters may have."""
@@ -95,3 +97,20 @@ class Death(TrainerCallback):
     def _die_at(self, event: str, args: Any, state: Any) -> None:
         if event == self.event and state.global_step == self.step and self.rank in (None, args.process_index):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+# An example takes up to a second on several ranks, and its failure says at which element of which step: it is not
+# worth minutes of shrinking.
+several_ranks = settings(
+    max_examples=max(2, settings.default.max_examples // 40),
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def assert_in_lockstep(outcomes: Sequence[Outcome], steps: int) -> None:
+    """All steps were compared, on every rank to the same result, and nothing was found."""
+    for outcome in outcomes:
+        assert outcome.comparisons.divergence is None, str(outcome.comparisons.divergence)
+        assert list(range(steps + 1)) == list(outcome.comparisons.ratios)
+        assert outcomes[0].comparisons.ratios == outcome.comparisons.ratios

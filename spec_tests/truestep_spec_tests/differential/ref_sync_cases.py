@@ -1,11 +1,11 @@
 """The runs that the differential tests of the reference model's sync have in common."""
 
-import inspect
 from typing import Any
 
 import pytest
 
 from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.properties.ref_sync_cases import offers
 from truestep_spec_tests.runs import Setup
 
 CALLBACK = "SyncRefModelCallback"
@@ -32,7 +32,7 @@ def syncing(
 
 def require_option(implementation: Implementation, option: str) -> None:
     """Skips the test if the constructor lacks an option that TRL's documentation does not have."""
-    if option not in inspect.signature(implementation.SyncRefModelCallback).parameters:
+    if not offers(implementation, option):
         pytest.skip(f"SyncRefModelCallback of {implementation} has no option {option}")
 
 

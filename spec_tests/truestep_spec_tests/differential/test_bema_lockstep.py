@@ -1,38 +1,23 @@
 """Subject and reference at the same events, compared at every step on every rank, in every topology."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.topologies import TOPOLOGIES
 
-from truestep_spec_tests.differential.cases import DTYPES, PLACEMENTS, SHARDED
+from truestep_spec_tests.differential.cases import DTYPES, PLACEMENTS, SHARDED, assert_in_lockstep, several_ranks
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.properties.bema_cases import hyperparameters
 from truestep_spec_tests.recording import Kind
-from truestep_spec_tests.runs import Outcome, Setup, follow_in_lockstep, train_in_lockstep
+from truestep_spec_tests.runs import Setup, follow_in_lockstep, train_in_lockstep
 
 Ranks = Callable[[int], RankPool]
-
-# An example takes up to a second on several ranks, and its failure says at which element of which step: it is not
-# worth minutes of shrinking.
-several_ranks = settings(
-    max_examples=max(2, settings.default.max_examples // 40),
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),
-    suppress_health_check=list(HealthCheck),
-)
-
-
-def assert_in_lockstep(outcomes: Sequence[Outcome], steps: int) -> None:
-    for outcome in outcomes:
-        assert outcome.comparisons.divergence is None, str(outcome.comparisons.divergence)
-        assert list(range(steps + 1)) == list(outcome.comparisons.ratios)
-        assert outcomes[0].comparisons.ratios == outcome.comparisons.ratios
 
 
 @pytest.mark.clause("BEMA-1", "BEMA-2", "BEMA-3", "BEMA-4", "BEMA-5", "BEMA-6", "BEMA-7", "BEMA-8", "BEMA-18")

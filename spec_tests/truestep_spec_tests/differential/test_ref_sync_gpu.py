@@ -9,8 +9,7 @@ from truestep_fixtures.topologies import Placed, read_parameters
 
 from truestep_spec_tests.differential.ref_sync_cases import syncing
 from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.lockstep.ref_sync import lockstep
-from truestep_spec_tests.runs import Setup, Walk, same_bits, train_in_lockstep
+from truestep_spec_tests.runs import Setup, Walk, same_bits, sync_in_lockstep, train_in_lockstep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,10 +30,8 @@ def walked_on(setup: Setup, directory: Path, policy: str, reference: str) -> dic
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_a_walk_on_a_gpu_stays_within_the_bound(implementation: Implementation, tmp_path: Path, dtype: str) -> None:
     setup = syncing(implementation.name, dtype=dtype, model="odd")
-    placed, fresh = setup.place_ref_model(), setup.build_ref_model()
+    placed, callbacks, comparisons = sync_in_lockstep(setup)
     assert next(placed.model.parameters()).is_cuda
-    reference = setup.reference(fresh, None)
-    callbacks, comparisons = lockstep(setup.subject(placed.engine, None), placed, reference, fresh)
     walk = Walk(setup, tmp_path, callbacks)
     walk.begin()
     walk.go_to(setup.steps)

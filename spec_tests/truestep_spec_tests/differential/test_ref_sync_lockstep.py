@@ -1,42 +1,29 @@
 """The subject's reference model and the reference's, compared at every step, and by the logits of every forward."""
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.topologies import TOPOLOGIES
 
-from truestep_spec_tests.differential.cases import DTYPES, PLACEMENTS
+from truestep_spec_tests.differential.cases import DTYPES, PLACEMENTS, assert_in_lockstep, several_ranks
 from truestep_spec_tests.differential.ref_sync_cases import syncing
 from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.properties.ref_sync_cases import offers
 from truestep_spec_tests.recording import Kind
-from truestep_spec_tests.runs import Outcome, follow_in_lockstep, train_in_lockstep
+from truestep_spec_tests.runs import follow_in_lockstep, train_in_lockstep
 
 Ranks = Callable[[int], RankPool]
-
-several_ranks = settings(
-    max_examples=max(2, settings.default.max_examples // 50),
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),
-    suppress_health_check=list(HealthCheck),
-)
-
-
-def assert_in_lockstep(outcomes: Sequence[Outcome], steps: int) -> None:
-    for outcome in outcomes:
-        assert outcome.comparisons.divergence is None, str(outcome.comparisons.divergence)
-        assert list(range(steps + 1)) == list(outcome.comparisons.ratios)
 
 
 def options(implementation: Implementation, *, master_weights: bool) -> dict[str, Any]:
     """Arguments for the constructor, as far as the implementation has them."""
-    offered = inspect.signature(implementation.SyncRefModelCallback).parameters
-    return {"master_weights": True} if master_weights and "master_weights" in offered else {}
+    return {"master_weights": True} if master_weights and offers(implementation, "master_weights") else {}
 
 
 @pytest.mark.clause("SYNC-1", "SYNC-3", "SYNC-4", "SYNC-6", "SYNC-11")

@@ -21,8 +21,8 @@ from truestep_spec_tests.differential.ref_sync_cases import require_option, skip
 from truestep_spec_tests.differential.traffic import Message, Tapped, largest_allocation
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep import Comparisons
-from truestep_spec_tests.lockstep.ref_sync import lockstep, logits
-from truestep_spec_tests.runs import Setup, Walk, follow_in_lockstep, same_bits, walked
+from truestep_spec_tests.lockstep.ref_sync import logits
+from truestep_spec_tests.runs import Setup, Walk, follow_in_lockstep, same_bits, sync_in_lockstep, walked
 
 Ranks = Callable[[int], RankPool]
 Weights = dict[int, dict[str, Tensor]]
@@ -34,9 +34,7 @@ Weights = dict[int, dict[str, Tensor]]
 def follow_with_engines(setup: Setup, directory: Path, **zero_optimization: Any) -> tuple[Comparisons, int]:
     """Lockstep with both models under DeepSpeed's settings; also how many secondary partitions the reference has."""
     policy = topologies.place(setup.build_model(), setup.topology, setup.torch_dtype, **zero_optimization)
-    placed, fresh = setup.place_ref_model(**zero_optimization), setup.build_ref_model()
-    reference = setup.reference(fresh, None)
-    callbacks, comparisons = lockstep(setup.subject(placed.engine, None), placed, reference, fresh)
+    placed, callbacks, comparisons = sync_in_lockstep(setup, **zero_optimization)
     walk = Walk(setup, directory, callbacks, placed=policy)
     walk.begin()
     logits(placed.engine)
@@ -47,9 +45,7 @@ def follow_with_engines(setup: Setup, directory: Path, **zero_optimization: Any)
 
 def follow_while_both_are_evaluated(setup: Setup, directory: Path) -> Comparisons:
     """Lockstep in which, before each step, both models make forwards that leave whole copies behind."""
-    placed, fresh = setup.place_ref_model(), setup.build_ref_model()
-    reference = setup.reference(fresh, None)
-    callbacks, comparisons = lockstep(setup.subject(placed.engine, None), placed, reference, fresh)
+    placed, callbacks, comparisons = sync_in_lockstep(setup)
     walk = Walk(setup, directory, callbacks)
     walk.begin()
     walk.placed.engine.eval()

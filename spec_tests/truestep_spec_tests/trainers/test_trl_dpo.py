@@ -1,6 +1,5 @@
 """`SyncRefModelCallback` in TRL's DPOTrainer, in the place of TRL's own."""
 
-import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from truestep_fixtures.ranks import RankPool
 
 pytest.importorskip("trl")
 
+from truestep_spec_tests.differential.ref_sync_cases import require_option
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.trainers.trl_training import (
     ALPHA,
@@ -99,8 +99,7 @@ def test_the_losses_after_a_wrong_sync_are_others(
 def test_a_resumed_training_has_the_losses_of_one_that_was_not_interrupted(
     topology: str, count: int, subject: Implementation, model: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
-    if "save_reference" not in inspect.signature(subject.SyncRefModelCallback).parameters:
-        pytest.skip(f"SyncRefModelCallback of {subject} does not save the reference")
+    require_option(subject, "save_reference")
     between = SYNC_STEPS + 1
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     saving = {"save_strategy": "steps", "save_steps": between}

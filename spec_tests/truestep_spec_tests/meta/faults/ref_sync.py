@@ -13,11 +13,11 @@ from truestep_fixtures.events import Events
 from truestep_fixtures.topologies import read_parameters
 
 from truestep_spec_tests.differential.traffic import Tapped
-from truestep_spec_tests.lockstep.ref_sync import lockstep, logits
+from truestep_spec_tests.lockstep.ref_sync import logits
 from truestep_spec_tests.meta.faults import Values, first_difference, unless_it_raises
 from truestep_spec_tests.meta.specification import constructor
 from truestep_spec_tests.properties.ref_sync_cases import BAD_SETTINGS, set_field
-from truestep_spec_tests.runs import Setup, Walk, same_bits
+from truestep_spec_tests.runs import Setup, Walk, same_bits, sync_in_lockstep
 
 # On a trajectory
 
@@ -25,9 +25,7 @@ from truestep_spec_tests.runs import Setup, Walk, same_bits
 def with_secondary_partitions(setup: Setup, directory: Path) -> str | None:
     """It leaves the reference where DeepSpeed keeps secondary partitions."""
     policy = topologies.place(setup.build_model(), setup.topology, zero_hpz_partition_size=2)
-    placed, fresh = setup.place_ref_model(zero_hpz_partition_size=2), setup.build_ref_model()
-    reference = setup.reference(fresh, None)
-    callbacks, comparisons = lockstep(setup.subject(placed.engine, None), placed, reference, fresh)
+    _, callbacks, comparisons = sync_in_lockstep(setup, zero_hpz_partition_size=2)
     walk = Walk(setup, directory, callbacks, placed=policy)
     walk.begin()
     walk.go_to(setup.steps)
