@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from truestep_fixtures.pytest_ranks import ranks
+from truestep_fixtures.trackers import QUIET
 
 from truestep_spec_tests.implementation import CALLBACKS, Implementation
 
 __all__ = ["ranks"]
+
+os.environ |= QUIET  # before a test imports Transformers, and with it trackers
 
 # What runs on several ranks takes milliseconds that vary with the machine's load.
 settings.register_profile(
