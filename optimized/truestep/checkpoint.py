@@ -21,6 +21,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from truestep.collectives import agree, exchange, rank, world_size
+from truestep.disk import to_disk
 from truestep.topology import Extent, Shard
 
 INDEX = "index.json"
@@ -44,13 +45,18 @@ def checkpoint_resumed(args: TrainingArguments, state: TrainerState) -> Path:
     the Trainer's loop that has called us, so it is looked up there: guessing `output_dir/checkpoint-N` would pick up
     another run's state. A loop of one's own is expected to keep its checkpoints there.
     """
+    return named_checkpoint() or checkpoint_written(args, state)
+
+
+def named_checkpoint() -> Path | None:
+    """The checkpoint that the Trainer's loop that has called us was told to continue from; None if it was not."""
     from transformers import Trainer  # here, as it imports datasets and pandas
 
     for frame, _ in traceback.walk_stack(None):
         path = frame.f_locals.get("resume_from_checkpoint")
         if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(path, str | os.PathLike):
-            return Path(path)
-    return checkpoint_written(args, state)
+            return Path(os.path.abspath(path))  # noqa: PTH100 - which resolves "..", and no links
+    return None
 
 
 def save_state(
@@ -239,7 +245,7 @@ def _write_pieces(
         }
     try:
         save_file(contents, file)
-        _to_disk(file)
+        to_disk(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be written ({error})") from error
     return pieces
@@ -257,20 +263,11 @@ def _write_index(
     temporary = index.with_suffix(".tmp")
     try:
         temporary.write_text(json.dumps(contents, indent=1), encoding="utf-8")
-        _to_disk(temporary)
+        to_disk(temporary)
         temporary.replace(index)
-        _to_disk(index.parent)
+        to_disk(index.parent)
     except OSError as error:
         raise CheckpointError(f"{index}: cannot be written ({error})") from error
-
-
-def _to_disk(path: Path) -> None:
-    """Have the operating system write out what it holds of a file or directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _key(kind: str, name: str) -> str:

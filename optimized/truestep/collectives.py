@@ -32,6 +32,14 @@ def exchange(value: object) -> list[Any]:
     return values
 
 
+def from_main_process(value: Result) -> Result:
+    """Have every rank use what rank 0 has, a picklable object."""
+    values = [value]
+    if _has_group():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def agree(attempt: Callable[[], Result], failure: type[Exception]) -> Result:
     """Run something that may fail on some ranks only, and fail on all of them if it does.
 

@@ -22,8 +22,14 @@ def has_adapter(model: nn.Module) -> bool:
 
 def has_learned_prompt(model: nn.Module) -> bool:
     """Whether PEFT trains a prompt: it saves what it computes from the live prompt, whatever it is given."""
+    return learned_prompt_length(model) > 0
+
+
+def learned_prompt_length(model: nn.Module) -> int:
+    """Virtual tokens that PEFT puts before others, of whichever adapter has most; 0 where it trains no prompt."""
     configs = getattr(model, "peft_config", {}).values()
-    return any(getattr(config, "is_prompt_learning", False) for config in configs)
+    learned = [config.num_virtual_tokens for config in configs if getattr(config, "is_prompt_learning", False)]
+    return max(learned, default=0)
 
 
 def is_saved_with_adapter(model: nn.Module, key: str, value: object) -> bool:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import weakref
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from truestep.checkpoint import (
     save_state,
 )
 from truestep.collectives import agree, exchange, rank
+from truestep.numbering import numbered
 from truestep.pairing import is_adapter_left_out
 from truestep.topology import Topology
 
@@ -104,7 +104,7 @@ class SyncRefModelCallback(TrainerCallback):
         if state.is_hyper_param_search and state.is_world_process_zero:
             logger.warning("SyncRefModel: in a hyperparameter search checkpoints get no reference")
         interval, _ = _agreed_settings(args)
-        self._directory = _directory_of(self, state)
+        self._directory = numbered(STATE_DIRECTORY, self, state)
         blended = self._blend_with(kwargs["model"])
         if self.save_reference and state.global_step > 0:
             directory = checkpoint_resumed(args, state) / self._directory
@@ -121,7 +121,7 @@ class SyncRefModelCallback(TrainerCallback):
         if state.global_step == 0 or state.global_step % interval != 0:
             return
         if self._blended is None:  # added in the middle of a training
-            self._directory = _directory_of(self, state)
+            self._directory = numbered(STATE_DIRECTORY, self, state)
             self._blended = self._blend_with(kwargs["model"])
         self._blended.move(weight)
         self._has_moved = True
@@ -196,18 +196,6 @@ def _read_state(blended: BlendedReference, directory: Path, step: int) -> dict[s
         return blended.read(saved, has_masters=bool(saved.metadata["master_weights"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{saved.index}: damaged ({error!r}); {saved.advice}") from error
-
-
-def _directory_of(callback: SyncRefModelCallback, state: TrainerState) -> str:
-    """Where a callback's state is in a checkpoint: each one of a training has a directory, in the callbacks' order.
-
-    They do not know of each other, but all of them see the one state of the training, on which they sign.
-    """
-    signed: list[weakref.ref[SyncRefModelCallback]] = vars(state).setdefault("_truestep_ref_models", [])
-    if weakref.ref(callback) not in signed:
-        signed.append(weakref.ref(callback))
-    number = signed.index(weakref.ref(callback))
-    return STATE_DIRECTORY if number == 0 else f"{STATE_DIRECTORY}_{number + 1}"
 
 
 def _agreed_settings(args: Any) -> tuple[int, float]:

@@ -210,6 +210,24 @@ class Topology:
         shard = self.shards[name]
         return shard.elements().view(shard.shape) if shard.is_replicated else self.assemble(name, shard.elements())
 
+    def materialize(self, device: torch.device) -> dict[int, Tensor]:
+        """Get the whole of every sharded parameter at once, as a forward would compute with it. Collective.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            Whole tensors, by the id of the parameter whose place in the model they could take. FSDP2 has done that by
+            itself, in the dtype of its mixed precision; `release` ends it.
+        """
+        for module in _sharded_modules(self.model):
+            module.unshard()
+        return {
+            id(shard.parameter): self.whole(name).to(device)
+            for name, shard in self.shards.items()
+            if isinstance(shard, ZeroPartition)
+        }
+
     def names(self) -> dict[str, Shard]:
         """A shard for each name of each parameter, a tied one under all that it has."""
         by_parameter = {id(shard.parameter): shard for shard in self.shards.values()}
@@ -293,11 +311,15 @@ def _plain(name: str) -> str:
 
 
 def _reshard(model: nn.Module) -> None:
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def _sharded_modules(model: nn.Module) -> Iterable[Any]:
+    """The modules that FSDP2's `fully_shard` was applied to."""
     from torch.distributed.fsdp import FSDPModule
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def _chunk(length: int, parts: int, index: int) -> Extent:

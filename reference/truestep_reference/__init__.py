@@ -4,6 +4,7 @@ Nothing here is meant to train large models. It is meant to be read beside the p
 """
 
 from truestep_reference.bema import BEMACallback
+from truestep_reference.log_completions import LogCompletionsCallback
 from truestep_reference.ref_sync import SyncRefModelCallback
 
-__all__ = ["BEMACallback", "SyncRefModelCallback"]
+__all__ = ["BEMACallback", "LogCompletionsCallback", "SyncRefModelCallback"]

@@ -6,7 +6,11 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from types import ModuleType
 from typing import Any
 
-CALLBACKS = {"BEMACallback": "bema", "SyncRefModelCallback": "ref_sync"}
+CALLBACKS = {
+    "BEMACallback": "bema",
+    "SyncRefModelCallback": "ref_sync",
+    "LogCompletionsCallback": "log_completions",
+}
 """The callbacks that the suite tests: their documented names, and how files that are about them are called."""
 
 
@@ -27,7 +31,7 @@ class Implementation:
         'truestep_reference.bema'
         >>> Implementation("json")
         Traceback (most recent call last):
-        ValueError: implementation='json': it has none of BEMACallback, SyncRefModelCallback
+        ValueError: implementation='json': it has none of BEMACallback, SyncRefModelCallback, LogCompletionsCallback
     """
 
     name: str
@@ -45,6 +49,11 @@ class Implementation:
     def SyncRefModelCallback(self) -> type[Any]:  # noqa: N802 - the documented name of the class
         """The class under test."""
         return self.callback("SyncRefModelCallback")
+
+    @property
+    def LogCompletionsCallback(self) -> type[Any]:  # noqa: N802 - the documented name of the class
+        """The class under test."""
+        return self.callback("LogCompletionsCallback")
 
     def callback(self, callback: str) -> type[Any]:
         """The class under test of a documented name.

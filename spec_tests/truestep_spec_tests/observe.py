@@ -1,7 +1,8 @@
-"""How the suite looks at an implementation's shadow, which is all that it asks of one."""
+"""How the suite looks at what an implementation shows, which is all that it asks of one."""
 
 import copy
 import inspect
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,51 @@ def shadow_at_event(callback: TrainerCallback, args: Any, state: Any, control: A
         if dist.is_initialized():
             dist.broadcast_object_list(contents, src=0)
     return contents[0] or {}
+
+
+def completions(callback: TrainerCallback, args: Any, state: Any) -> list[str]:
+    """The table of completions at a moment of a training, as users see it. Collective.
+
+    It is the file of the first such callback in a training. Where there is no file, it is what the callback has as
+    `table`: rows, or their values.
+
+    Returns:
+        Each row as the text of a JSON object; a line of the file that is none, as it is. The same on every rank.
+    """
+    contents: list[list[str]] = [[]]
+    if state.is_world_process_zero:
+        file = Path(str(args.output_dir), "completions.jsonl")
+        if file.exists():
+            contents[0] = [_normalized(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+        else:
+            contents[0] = [as_text(_row(values)) for values in getattr(callback, "table", [])]
+    if dist.is_initialized():
+        dist.broadcast_object_list(contents, src=0)
+    return contents[0]
+
+
+def as_text(row: Any) -> str:
+    """A row of a table as the text that rows are compared by."""
+    return json.dumps(row, ensure_ascii=False, default=str)
+
+
+def _normalized(line: str) -> str:
+    try:
+        return as_text(json.loads(line, parse_constant=_refuse))
+    except ValueError:
+        return line
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON, whatever Python reads")
+
+
+def _row(values: Any) -> Any:
+    """A row of the table that TRL's callback has: values without names, the step as text."""
+    if isinstance(values, dict):
+        return values
+    step, *others = values
+    return dict(zip(("step", "prompt", "completion"), (int(step), *others), strict=True))
 
 
 class Watcher(TrainerCallback):

@@ -94,7 +94,7 @@ class Recorder:
 
     def __call__(self, step: int, live: dict[str, Tensor], shown: dict[str, Tensor]) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:
-            tensors = {f"theta/{name}": live[name] for name in shown} | {
+            tensors = {f"theta/{name}": value for name, value in live.items()} | {
                 f"shown/{name}": value for name, value in shown.items()
             }
             save_file(tensors, self.directory / f"{step:08d}.safetensors")

@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 import truestep_reference
 from torch import Tensor, nn
-from transformers import TrainerCallback
-from truestep_fixtures import models, topologies
+from transformers import AutoTokenizer, GenerationConfig, TrainerCallback
+from truestep_fixtures import data, models, topologies
 from truestep_fixtures.events import Events
 from truestep_fixtures.topologies import Placed
-from truestep_fixtures.training import train
+from truestep_fixtures.training import Attach, train
 
 from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.lockstep import Comparisons, OnCompared, bema, ref_sync
-from truestep_spec_tests.observe import Watcher, shadow_at_event
+from truestep_spec_tests.lockstep import Comparisons, OnCompared, bema, log_completions, ref_sync
+from truestep_spec_tests.observe import Watcher, completions, shadow_at_event
 from truestep_spec_tests.recording import Kind, Recorded, Recorder, Trajectory, draw
 
 
@@ -35,10 +35,12 @@ class Setup:
         model: One of `truestep_fixtures.models.MODELS`, or a local model directory.
         seed: Seeds weights, data and trajectories.
         steps: Number of optimizer steps.
-        hyperparameters: Arguments of the callback, besides a reference model.
+        hyperparameters: Arguments of the callback, besides a reference model, a trainer and a generation config.
         training: More fields of `TrainingArguments`.
         callback: Which callback it is, by its documented name.
         ref_model: Of the reference model, `topology` and `dtype` where they are others than the policy's.
+        prompts: Of completions, one of `truestep_fixtures.data.PROMPTS`, the evaluation dataset.
+        generation: Of completions, fields of the generation config.
     """
 
     implementation: str = "truestep"
@@ -52,6 +54,8 @@ class Setup:
     training: dict[str, Any] = field(default_factory=dict)
     callback: str = "BEMACallback"
     ref_model: dict[str, str] = field(default_factory=dict)
+    prompts: str = "mixed"
+    generation: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 4})
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -69,7 +73,8 @@ class Setup:
     def build_model(self) -> nn.Module:
         """The model, with the weights that the seed gives or the directory holds."""
         if self.model in models.MODELS:
-            return models.build(self.model, self.torch_dtype, self.seed)
+            model = models.build(self.model, self.torch_dtype, self.seed)
+            return models.speaking(model, data.END, data.unprintable()) if self._has_prompts else model
         return models.load(self.model).to(self.torch_dtype)
 
     @torch.no_grad()
@@ -86,6 +91,25 @@ class Setup:
         model = self.build_ref_model()
         topology, dtype = self.ref_model.get("topology", self.topology), next(model.parameters()).dtype
         return topologies.place_for_evaluation(model, topology, dtype, **zero_optimization)
+
+    def evaluation(self) -> dict[str, Any]:
+        """What a trainer is given for callbacks that complete prompts: `eval_dataset` and `processing_class`."""
+        if not self._has_prompts:
+            return {}
+        return {"eval_dataset": data.prompts(self.prompts, self.seed), "processing_class": self._tokenizer()}
+
+    def build_generation_config(self) -> GenerationConfig:
+        """The generation config; sequences end with the tokenizer's token for that, not with that of the model's."""
+        return GenerationConfig(**{"eos_token_id": self._tokenizer().eos_token_id} | self.generation)
+
+    @property
+    def _has_prompts(self) -> bool:
+        return self.callback == "LogCompletionsCallback"
+
+    def _tokenizer(self) -> Any:
+        if (Path(self.model) / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(self.model, local_files_only=True)
+        return data.tokenizer()
 
     def as_dict(self) -> dict[str, Any]:
         """The attributes, as JSON can hold them."""
@@ -121,15 +145,17 @@ def train_in_lockstep(
         counter: A file that holds the number of the step compared last, for who watches.
     """
     began = time.perf_counter()
-    callbacks, comparisons = _lockstep(setup, directory, _observer(recording, counter))
+    callbacks, attach, comparisons = _lockstep(setup, directory, _observer(recording, counter))
     train(
         setup.topology,
         setup.build_model(),
         output_dir=directory,
         callbacks=callbacks,
+        attach=attach,
         steps=setup.steps,
         dtype=setup.torch_dtype,
         seed=setup.seed,
+        **setup.evaluation(),
         **setup.training,
     )
     return Outcome(comparisons, time.perf_counter() - began)
@@ -155,9 +181,9 @@ def follow_in_lockstep(
         counter: As in `train_in_lockstep`.
     """
     began = time.perf_counter()
-    callbacks, comparisons = _lockstep(setup, directory, _observer(recording, counter))
+    callbacks, attach, comparisons = _lockstep(setup, directory, _observer(recording, counter))
     points = None if trajectory is None else Trajectory.load(trajectory).steps
-    walk = Walk(setup, directory, callbacks, kind=kind, points=points)
+    walk = Walk(setup, directory, callbacks, attach=attach, kind=kind, points=points)
     walk.begin()
     for step in list(walk.points)[1:]:
         if comparisons.divergence is not None:
@@ -173,6 +199,7 @@ class Walk:
         setup: The run.
         directory: The `output_dir` of the training arguments.
         callbacks: What sees the events, in this order.
+        attach: Makes more callbacks, for which `events` stands in for a trainer.
         kind: What kind of trajectory is drawn from the seed.
         points: The trajectory, instead of a drawn one.
         placed: The setup's model where it lies already; it is placed in the setup's topology by default.
@@ -187,8 +214,9 @@ class Walk:
         self,
         setup: Setup,
         directory: Path,
-        callbacks: Sequence[TrainerCallback],
+        callbacks: Sequence[TrainerCallback] = (),
         *,
+        attach: Attach | None = None,
         kind: Kind = "walk",
         points: Mapping[int, Mapping[str, Tensor]] | None = None,
         placed: Placed | None = None,
@@ -196,10 +224,11 @@ class Walk:
         self.placed = placed or topologies.place(setup.build_model(), setup.topology, setup.torch_dtype)
         self.points = draw(self.placed.read(), setup.steps, setup.seed, kind).steps if points is None else points
         # The callbacks are to see the ranks; how the model lies on them is not for the arguments to say.
-        args = topologies.training_arguments(
-            "ddp" if dist.is_initialized() else "single", directory, **{"max_steps": setup.steps, **setup.training}
-        )
-        self.events = Events(self.placed.model, args, callbacks)
+        settings = {"max_steps": setup.steps, "seed": setup.seed} | setup.training
+        args = topologies.training_arguments("ddp" if dist.is_initialized() else "single", directory, **settings)
+        self.events = Events(self.placed.model, args, callbacks, **setup.evaluation())
+        for callback in () if attach is None else attach(self.events):
+            self.events.add_callback(callback)
 
     def begin(self, step: int = 0) -> None:
         """Begins a training at a step: at 0, or where it resumes."""
@@ -227,10 +256,10 @@ def walked(
         save: Whether a checkpoint is saved at its end.
 
     Returns:
-        What the callback shows of its state at each step from `first` on, by the names of the parameters.
+        What the callback shows of its state at each step from `first` on, by the names of the parameters; or its table.
     """
-    subject, watcher = _watched(setup)
-    walk = Walk(setup, directory, [subject, watcher], kind=kind)
+    callbacks, attach, watcher = _watched(setup)
+    walk = Walk(setup, directory, callbacks, attach=attach, kind=kind)
     walk.begin(first)
     shown = {first: watcher.shown}
     for step in range(first + 1, (setup.steps if last is None else last) + 1):
@@ -238,6 +267,8 @@ def walked(
         shown[step] = watcher.shown
     if save:
         walk.events.save()
+    if setup.callback == "LogCompletionsCallback":
+        return shown
     return {step: {name: values[name] for name in walk.points[0]} for step, values in shown.items()}
 
 
@@ -253,16 +284,16 @@ def first_difference_in_one_process(setup: Setup, recording: Path, directory: Pa
         Where what it shows differs from what was recorded for the first time, or None.
     """
     alone = setup.on(topology="single", ref_model=setup.ref_model | {"topology": "single"})
-    subject, watcher = _watched(alone)
+    callbacks, attach, watcher = _watched(alone)
     points, shown = Recorded(recording, "theta"), Recorded(recording, "shown")
-    walk = Walk(alone, directory, [subject, watcher], points=points)
+    walk = Walk(alone, directory, callbacks, attach=attach, points=points)
     for step in points:
         if step == 0:
             walk.begin()
         else:
             walk.go_to(step)
         for name, value in shown[step].items():
-            if not same_bits(watcher.shown[name], value):
+            if name not in watcher.shown or not same_bits(watcher.shown[name], value):
                 return f"step {step}, {name}"
     return None
 
@@ -283,21 +314,46 @@ def sync_in_lockstep(
     return placed, *ref_sync.lockstep(subject, placed, reference, fresh, on_compared)
 
 
-def _lockstep(setup: Setup, directory: Path, on_compared: OnCompared) -> tuple[list[TrainerCallback], Comparisons]:
-    """A subject and the reference of the setup's callback, with what compares them."""
+def completions_in_lockstep(setup: Setup, on_compared: OnCompared | None = None) -> tuple[Attach, Comparisons]:
+    """What makes the subject and the callbacks that compare it for a trainer, and the results that they fill in."""
+    config = setup.build_generation_config()
+    return log_completions.lockstep(
+        lambda trainer: setup.subject(trainer, config), lambda trainer: setup.reference(trainer, config), on_compared
+    )
+
+
+def _lockstep(
+    setup: Setup, directory: Path, on_compared: OnCompared
+) -> tuple[list[TrainerCallback], Attach | None, Comparisons]:
+    """A subject and the reference of the setup's callback, with what compares them: callbacks, or what makes them."""
+    if setup.callback == "LogCompletionsCallback":
+        return [], *completions_in_lockstep(setup, on_compared)
     if setup.callback == "BEMACallback":
-        return bema.lockstep(setup.subject(), setup.reference(), directory / "reference", on_compared)
-    _, callbacks, comparisons = sync_in_lockstep(setup, on_compared)
-    return callbacks, comparisons
+        subject, reference = setup.subject(), setup.reference()
+        callbacks, comparisons = bema.lockstep(subject, reference, directory / "reference", on_compared)
+    else:
+        _, callbacks, comparisons = sync_in_lockstep(setup, on_compared)
+    return callbacks, None, comparisons
 
 
-def _watched(setup: Setup) -> tuple[TrainerCallback, Watcher]:
-    """A subject of the setup's callback, with what looks at its state."""
+def _watched(setup: Setup) -> tuple[list[TrainerCallback], Attach | None, Watcher]:
+    """A subject of the setup's callback with what looks at its state, as callbacks or as what makes them."""
+    if setup.callback == "LogCompletionsCallback":
+        config, made = setup.build_generation_config(), []
+
+        def attach(trainer: Any) -> list[TrainerCallback]:
+            made.append(setup.subject(trainer, config))
+            return [*made, watcher]
+
+        watcher = Watcher(lambda args, state, *_, **__: log_completions.as_tensors(completions(made[0], args, state)))
+        return [], attach, watcher
     if setup.callback == "BEMACallback":
         subject = setup.subject()
-        return subject, Watcher(partial(shadow_at_event, subject))
-    placed = setup.place_ref_model()
-    return setup.subject(placed.engine, None), Watcher(lambda *_, **__: placed.read())
+        watcher = Watcher(partial(shadow_at_event, subject))
+    else:
+        placed = setup.place_ref_model()
+        subject, watcher = setup.subject(placed.engine, None), Watcher(lambda *_, **__: placed.read())
+    return [subject, watcher], None, watcher
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from truestep_fixtures.topologies import read_parameters
 
 OnCompared = Callable[[int, dict[str, Tensor], dict[str, Tensor]], None]
-"""Called on every rank after a comparison, with the step, the live parameters and what the subject shows of its state,
-as users see it."""
+"""Called on every rank after a comparison, with the step, the live parameters that what is compared depends on, and
+what the subject shows of its state, as users see it."""
 
 
 class Divergence(NamedTuple):
@@ -26,10 +26,10 @@ class Divergence(NamedTuple):
     Attributes:
         step: The global step.
         rank: The rank that saw it.
-        parameter: The parameter's name.
+        parameter: The parameter's name, or that of something else that is compared.
         index: Index of the element in the whole parameter.
-        subject: The subject's value.
-        reference: The reference's value.
+        subject: The subject's value; where texts are compared, its text.
+        reference: The reference's value, or text.
         bound: What |subject − reference| may be at most.
         shown_as: The dtype that the subject showed its value in.
     """
@@ -38,14 +38,17 @@ class Divergence(NamedTuple):
     rank: int
     parameter: str
     index: tuple[int, ...]
-    subject: float
-    reference: float
+    subject: float | str
+    reference: float | str
     bound: float
     shown_as: str
 
     def __str__(self) -> str:
+        where = f"step {self.step}, rank {self.rank}, {self.parameter}"
+        if isinstance(self.subject, str) or isinstance(self.reference, str):
+            return f"{where}: subject {self.subject}, reference {self.reference}"
         return (
-            f"step {self.step}, rank {self.rank}, {self.parameter}[{', '.join(map(str, self.index))}] "
+            f"{where}[{', '.join(map(str, self.index))}] "
             f"shown as {self.shown_as}: subject {self.subject!r}, reference {self.reference!r}, "
             f"difference {abs(self.subject - self.reference):.3g}, bound {self.bound:.3g}"
         )
@@ -103,6 +106,20 @@ class Comparator(TrainerCallback):
         """The looks at the subject after an event; the first one is what users see. Collective."""
         raise NotImplementedError
 
+    def followed(self, live: Mapping[str, Tensor], shown: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The live parameters that what is shown depends on, by name: those with something shown."""
+        return {name: live[name] for name in shown}
+
+    def explained(self, divergence: Divergence, shown: Tensor | None, value: Tensor) -> Divergence:
+        """A divergence as it is reported.
+
+        Args:
+            divergence: Where it is, and the elements that differ.
+            shown: All that the subject shows under that name.
+            value: All that the reference has there.
+        """
+        return divergence
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._compare(args, state, control, **kwargs)
 
@@ -117,13 +134,15 @@ class Comparator(TrainerCallback):
             for name, value in look.values.items():
                 shown, bound = look.shown.get(name), look.bounds[name]
                 ratio, found = _compare_one(state.global_step, name, shown, value, bound)
-                worst, divergence = max(worst, ratio), divergence or found
+                worst = max(worst, ratio)
+                if divergence is None and found is not None:
+                    divergence = self.explained(found, shown, value)
         self._conclude(state.global_step, worst, divergence)
         if self.comparisons.divergence is not None:
             control.should_training_stop = True
         if self._on_compared is not None:
-            shown, values = looks[0].shown, looks[0].values
-            self._on_compared(state.global_step, live, {name: shown[name] for name in values if name in shown})
+            seen = {name: looks[0].shown[name] for name in looks[0].values if name in looks[0].shown}
+            self._on_compared(state.global_step, self.followed(live, seen), seen)
 
     def _conclude(self, step: int, worst: float, divergence: Divergence | None) -> None:
         verdicts: list[Any] = [(worst, divergence)]

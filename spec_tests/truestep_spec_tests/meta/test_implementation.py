@@ -29,7 +29,8 @@ def test_a_package_a_module_and_a_class_lead_to_the_callback(name: str) -> None:
     implementation = Implementation(name)
     assert implementation.BEMACallback is ReferenceBEMACallback
     every = name == "truestep_reference"
-    assert implementation.offered == ["BEMACallback", *["SyncRefModelCallback"] * every]
+    others = ["SyncRefModelCallback", "LogCompletionsCallback"] if every else []
+    assert implementation.offered == ["BEMACallback", *others]
 
 
 def test_a_class_of_another_name_says_which_callback_it_is(installed: Path) -> None:

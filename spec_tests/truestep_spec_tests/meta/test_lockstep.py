@@ -275,6 +275,13 @@ def test_what_a_recorder_writes_is_read_in_order(tmp_path: Path) -> None:
     thetas, shadows = Recorded(tmp_path, "theta"), Recorded(tmp_path, "shown")
     assert list(thetas) == list(shadows) == list(range(12))
     for step, theta in thetas.items():
-        # What has no shadow is not part of the trajectory that the callback sees.
-        assert_same_steps({step: {"x.y": trajectory.steps[step]["x.y"]}}, {step: theta})
+        assert_same_steps({step: trajectory.steps[step]}, {step: theta})
         assert shadows[step]["x.y"].tolist() == [step] * 3
+
+
+def test_what_has_no_shadow_is_no_part_of_the_trajectory_that_is_recorded(tmp_path: Path) -> None:
+    recording = tmp_path / "recording"
+    setup = setup_of(Right, topology="single", ranks=1, model="frozen", steps=1)
+    follow_in_lockstep(setup, tmp_path, recording=recording)
+    trainable = {name for name, parameter in setup.build_model().named_parameters() if parameter.requires_grad}
+    assert set(Recorded(recording, "theta")[1]) == set(Recorded(recording, "shown")[1]) == trainable

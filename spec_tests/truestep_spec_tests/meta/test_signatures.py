@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 from truestep_reference import BEMACallback as ReferenceBEMACallback
+from truestep_reference import LogCompletionsCallback as ReferenceLogCompletionsCallback
 from truestep_reference import SyncRefModelCallback as ReferenceSyncRefModelCallback
 
 from truestep_spec_tests.implementation import Implementation
@@ -31,6 +32,11 @@ def bema(request: pytest.FixtureRequest, implementation: Implementation) -> type
 @pytest.fixture(params=["subject", "reference"])
 def ref_sync(request: pytest.FixtureRequest, implementation: Implementation) -> type[Any]:
     return implementation.SyncRefModelCallback if request.param == "subject" else ReferenceSyncRefModelCallback
+
+
+@pytest.fixture(params=["subject", "reference"])
+def log_completions(request: pytest.FixtureRequest, implementation: Implementation) -> type[Any]:
+    return implementation.LogCompletionsCallback if request.param == "subject" else ReferenceLogCompletionsCallback
 
 
 def parameters(callback: type[Any]) -> list[tuple[str, Any]]:
@@ -87,3 +93,27 @@ def test_the_options_of_the_sync_have_the_specified_defaults() -> None:
         "master_weights": False,
         "save_reference": True,
     }
+
+
+@pytest.mark.clause("LOGC-9")
+def test_completions_take_the_documented_arguments_by_position_or_name_and_others_by_name_only(
+    log_completions: type[Any],
+) -> None:
+    documented = [(parameter.name, parameter.default) for parameter in constructor("LogCompletionsCallback")]
+    assert [name for name, _ in documented] == ["trainer", "generation_config", "num_prompts", "freq"]
+    shown = inspect.signature(log_completions).parameters.values()
+    others = [parameter for parameter in shown if parameter.kind == inspect.Parameter.KEYWORD_ONLY]
+    by_position = [parameter for parameter in shown if parameter not in others]
+    assert documented == [(parameter.name, parameter.default) for parameter in by_position]
+    assert {parameter.kind for parameter in by_position} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    assert all(parameter.default is not inspect.Parameter.empty for parameter in others)
+
+
+@pytest.mark.clause("LOGC-9")
+def test_completions_are_logged_by_a_trainer_callback(log_completions: type[Any]) -> None:
+    assert issubclass(log_completions, TrainerCallback)
+
+
+@pytest.mark.clause("LOGC-11")
+def test_there_are_no_further_columns_unless_they_are_asked_for() -> None:
+    assert inspect.signature(ReferenceLogCompletionsCallback).parameters["columns"].default == ()

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from truestep_fixtures import models
 from truestep_reference import BEMACallback as ReferenceBEMACallback
+from truestep_reference import LogCompletionsCallback as ReferenceLogCompletionsCallback
 
 from truestep_spec_tests.meta.mutants import MUTANTS
 from truestep_spec_tests.meta.mutants.patch import Mutant, copy_package
@@ -80,7 +81,7 @@ def report(directory: Path) -> dict[str, Any]:
 
 def rows(printed: str) -> list[list[str]]:
     """The cells of the table's rows."""
-    return [line.split() for line in printed.splitlines() if line.split()[:1] in (["BEMA"], ["SYNC"])]
+    return [line.split() for line in printed.splitlines() if line.split()[:1] in (["BEMA"], ["SYNC"], ["LOGC"])]
 
 
 @pytest.mark.parametrize(("callback", "short"), [("BEMACallback", "BEMA"), ("SyncRefModelCallback", "SYNC")])
@@ -104,6 +105,37 @@ def test_a_run_that_equals_the_reference_exits_with_0_and_leaves_a_report(
     assert list(only["error_over_bound_by_step"]) == ["0", "1", "2", "3", "4"]
     assert only["divergence"] is only["bitwise_difference"] is only["replay"] is None
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["report.json"]
+
+
+def test_completions_are_compared_in_float64_and_have_no_error_at_all(verify: Verify, tmp_path: Path) -> None:
+    status, printed = verify("--callback LogCompletionsCallback --topology single --steps 4 --output out")
+    assert status == 0
+    ((*row, ratio, bitwise, _, verdict),) = rows(printed)
+    assert row == ["LOGC", "single", "1", "float64", "5"]
+    assert (ratio, bitwise, verdict) == ("0.000", "yes", "equal")
+    assert report(tmp_path)["runs"][0]["largest_error_over_bound"] == 0
+
+
+class AnotherLetter(ReferenceLogCompletionsCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        for row in self.table:
+            row["completion"] = f"{row['completion']}!"
+
+
+def test_a_row_that_diverges_is_printed_and_can_be_replayed(verify: Verify, tmp_path: Path) -> None:
+    implementation = f"LogCompletionsCallback={__name__}.{AnotherLetter.__name__}"
+    status, printed = verify(f"--implementation {implementation} --topology ddp --ranks 2 --steps 2 --output out")
+    assert status == 1
+    assert rows(printed)[0][-1] == "diverges"
+    (only,) = report(tmp_path)["runs"]
+    where, subject = "step 1, rank 0, row 0: subject ", only["divergence"]["subject"]
+    assert f"{where}{subject}, reference {subject.replace('!', '')}" in printed
+    (replay,) = re.findall(r"^truestep verify (--replay \S+)$", printed, flags=re.MULTILINE)
+    status, printed = verify(f"{replay} --output out")
+    assert status == 1
+    assert where in printed
+    assert report(tmp_path)["runs"][0]["divergence"] == only["divergence"]
 
 
 @pytest.mark.parametrize(("callback", "wrong"), [("BEMACallback", WRONG), ("SyncRefModelCallback", WRONG_SYNC)])
@@ -219,8 +251,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--callback BEMACallback --implementation truestep_reference.ref_sync", "--callback BEMACallback: "),
         ("--callback NoSuchCallback", "argument --callback: invalid choice: 'NoSuchCallback'"),
         ("--topology ring", "argument --topology: invalid choice: 'ring'"),
-        ("--topology single --ranks 2", "--topology and --ranks: no run has these together"),
-        ("--topology ddp --ranks 1", "--topology and --ranks: no run has these together"),
+        ("--topology single --ranks 2", "--topology, --ranks and --dtype: no run has these together"),
+        ("--topology ddp --ranks 1", "--topology, --ranks and --dtype: no run has these together"),
+        ("--callback LogCompletionsCallback --dtype float32", "LogCompletionsCallback is compared in float64"),
         ("--ranks 0", "--ranks 0: "),
         ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
         ("--steps 0", "--steps 0: must be at least 1"),

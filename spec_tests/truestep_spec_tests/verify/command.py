@@ -99,7 +99,10 @@ def _setups(options: argparse.Namespace, ranks: Launcher) -> list[Setup]:
         steps=options.steps,
     )
     if not setups:
-        raise ValueError("--topology and --ranks: no run has these together; single needs --ranks 1, all others more")
+        raise ValueError(
+            "--topology, --ranks and --dtype: no run has these together; single needs --ranks 1, all others more, and "
+            "LogCompletionsCallback is compared in float64"
+        )
     return setups
 
 

@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from truestep_fixtures.data import PROMPTS
 from truestep_fixtures.topologies import TOPOLOGIES
 
 from truestep_spec_tests.runs import Setup
@@ -36,7 +37,8 @@ def plan(
         topologies: Only these; all by default.
         ranks: Only these world sizes, where the engine trains it also in float64. By default every topology runs on 2
             ranks in float32 and bfloat16, and on 3 and 4 in float32; of BEMA, for which ZeRO-1 and 2 are as DDP, not
-            these two.
+            these two. Completions, which rounding may change in any other type, are compared in float64 alone, and
+            on 3 and 4 ranks not in all topologies.
         dtypes: Only these, on every world size.
         model: Name of a built-in model, or a local model directory.
         seed: Seeds everything.
@@ -48,13 +50,20 @@ def plan(
         for size in sizes:
             if (topology == "single") != (size == 1) or (ranks and size not in ranks):
                 continue
-            for dtype in dtypes or _dtypes(callback, topology, size, everything=bool(ranks)):
+            for dtype in _dtypes(callback, topology, size, dtypes, everything=bool(ranks)):
                 setup = Setup(implementation, topology, size, dtype, model, seed, steps, callback=callback)
                 setups.append(setup.on(**_drawn(callback, random.Random(f"{seed}/{len(setups)}"), steps)))
     return sorted(setups, key=lambda setup: setup.ranks)
 
 
-def _dtypes(callback: str, topology: str, ranks: int, everything: bool) -> tuple[str, ...]:
+def _dtypes(callback: str, topology: str, ranks: int, asked: Sequence[str], everything: bool) -> Sequence[str]:
+    if callback == "LogCompletionsCallback":
+        # The reference completes prompts token by token on every rank, and under ZeRO-3 each takes a while.
+        left_out = {3: ("zero1", "zero2"), 4: ("zero1", "zero2", "zero3", "zero3_persistent")}
+        is_left_out = not everything and topology in left_out.get(ranks, ())
+        return [dtype for dtype in asked or DTYPES if dtype == "float64" and not is_left_out]
+    if asked:
+        return asked
     # DeepSpeed has no float64 training.
     trained = tuple(dtype for dtype in DTYPES if dtype != "float64" or not topology.startswith("zero"))
     if everything or ranks == 1:
@@ -68,6 +77,17 @@ def _drawn(callback: str, draw: random.Random, steps: int) -> dict[str, Any]:
     """The attributes of a setup that its seed decides."""
     if callback == "BEMACallback":
         return {"hyperparameters": _hyperparameters(draw, steps)}
+    if callback == "LogCompletionsCallback":
+        prompts = draw.choice(list(PROMPTS))
+        return {
+            # Two loggings, or one if there is but one step, of few prompts: the reference takes its time.
+            "hyperparameters": {
+                "num_prompts": draw.choice([1, 2] if prompts == "two" else [2, 3]),
+                "freq": max(1, steps // 2),
+            },
+            "generation": {"max_new_tokens": draw.choice([2, 3, 4]), "do_sample": draw.choice([False, True])},
+            "prompts": prompts,
+        }
     settings = {
         # At least one sync, however few steps there are.
         "ref_model_sync_steps": min(draw.choice([1, 2, 3]), steps),

@@ -1,6 +1,6 @@
 """Mistakes that someone could make in the optimized code, as small patches."""
 
-from truestep_spec_tests.meta.mutants import bema, ref_sync
+from truestep_spec_tests.meta.mutants import bema, log_completions, ref_sync
 
-MUTANTS = (*bema.MUTANTS, *ref_sync.MUTANTS)
+MUTANTS = (*bema.MUTANTS, *ref_sync.MUTANTS, *log_completions.MUTANTS)
 """All mutants."""

@@ -216,8 +216,8 @@ MUTANTS = (
         "whole_copies_of_fsdp2_left_stale",
         "BEMA-17",
         "topology.py",
-        "            module.reshard()",
-        "            pass",
+        "        module.reshard()",
+        "        pass",
         checks.swaps_the_shadow_in_under_fsdp2,
     ),
     Mutant(

@@ -227,9 +227,9 @@ MUTANTS = (
     Mutant(
         "one_directory_for_all_callbacks",
         "SYNC-12",
-        "ref_sync.py",
-        "return STATE_DIRECTORY if number == 0 else",
-        "return STATE_DIRECTORY if number >= 0 else",
+        "numbering.py",
+        "return name if number == 0 else",
+        "return name if number >= 0 else",
         checks.keeps_two_references_apart,
     ),
     Mutant(

@@ -1,0 +1,144 @@
+"""The runs that the differential tests of completions have in common."""
+
+import inspect
+import random
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.runs import Setup, Walk
+
+CALLBACK = "LogCompletionsCallback"
+
+SAMPLING = {"max_new_tokens": 4, "do_sample": True, "temperature": 1.5}
+"""A generation config of which completions are drawn."""
+
+
+def completing(
+    implementation: str,
+    topology: str = "single",
+    ranks: int = 1,
+    *,
+    freq: int = 2,
+    dtype: str = "float64",
+    **changes: Any,
+) -> Setup:
+    """A run in which prompts are completed.
+
+    Args:
+        implementation: See `Implementation`.
+        topology: Of the model.
+        ranks: Number of ranks.
+        freq: Interval in steps.
+        dtype: In float64 completions do not depend on rounding.
+        changes: Other attributes of `Setup`; `hyperparameters` come on top of the interval.
+    """
+    hyperparameters = {"freq": freq} | changes.pop("hyperparameters", {})
+    setup = Setup(implementation, topology, ranks, dtype, callback=CALLBACK, hyperparameters=hyperparameters)
+    return setup.on(**({"steps": 4} | changes))
+
+
+def offers(implementation: Implementation, option: str) -> bool:
+    """Whether the constructor has an option that TRL's documentation does not have."""
+    return option in inspect.signature(implementation.LogCompletionsCallback).parameters
+
+
+def variants(implementation: Implementation, setup: Setup) -> list[Setup]:
+    """A run in each of the ways in which a sharded model can complete prompts, if the implementation offers them."""
+    if setup.topology not in ("zero3", "zero3_persistent", "fsdp2") or not offers(implementation, "gather"):
+        return [setup]
+    return [setup.on(hyperparameters=setup.hyperparameters | {"gather": gather}) for gather in (True, False)]
+
+
+def small_batches(implementation: Implementation) -> dict[str, int]:
+    """Hyperparameters with which few prompts are several batches, if the implementation has such."""
+    return {"batch_tokens": 40} if offers(implementation, "batch_tokens") else {}
+
+
+def skip_the_reference(implementation: Implementation, reason: str) -> None:
+    """Skips the test if the reference is its own subject."""
+    if implementation.LogCompletionsCallback.__module__.startswith("truestep_reference"):
+        pytest.skip(f"the reference {reason}")
+
+
+def prompts_read(setup: Setup, directory: Path) -> int:
+    """How many prompts this rank's model reads at one logging: rows of forwards that find no cache yet."""
+    read: list[int] = []
+
+    def count(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:
+            read.append(len(kwargs["input_ids"]))
+
+    config = setup.build_generation_config()
+    walk = Walk(setup, directory, attach=lambda trainer: [setup.subject(trainer, config)])
+    walk.begin()
+    walk.placed.model.register_forward_pre_hook(count, with_kwargs=True)
+    walk.go_to(2)
+    return sum(read)
+
+
+class BrokenModelError(RuntimeError):
+    """What a model raises that cannot go on."""
+
+
+def disturbed(setup: Setup, directory: Path, failing_at: int | None) -> Walk:
+    """A training of GPT-2 with all that is to be left as it was; its forwards leave traces, and one may fail."""
+    config = setup.build_generation_config()
+    walk = Walk(setup, directory, attach=lambda trainer: [setup.subject(trainer, config)])
+    model: Any = walk.placed.model
+    model.train()
+    model.gradient_checkpointing_enable()
+    model.config.use_cache = False
+    model.transformer.h[0].eval()
+    model.transformer.h[0].register_buffer("seen", torch.zeros(1))
+    model.transformer.h[0].register_buffer("counted", torch.zeros(1))
+    model.transformer.h[0].trace = []
+    walk.events.processing_class.padding_side = "right"
+    walk.events.processing_class("call", truncation=True, max_length=3, padding="max_length")
+    forwards = 0
+
+    def change_and_fail(module: Any, *_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+        module.seen += 1
+        module.counted.data.add_(1)  # which no version counter sees
+        module.trace.append(forwards)
+        module.forwards = forwards
+        if forwards == failing_at:
+            raise BrokenModelError
+
+    model.transformer.h[0].register_forward_hook(change_and_fail)
+    return walk
+
+
+def everything(walk: Walk) -> dict[str, Any]:
+    """What is to be left as it was."""
+    model: Any = walk.placed.model
+    tokenizer = walk.events.processing_class
+    state: dict[str, Any] = {
+        "config": model.config.to_dict(),
+        "generation config": model.generation_config.to_dict(),
+        "padding side": tokenizer.padding_side,
+        "padding": tokenizer.backend_tokenizer.padding,
+        "truncation": tokenizer.backend_tokenizer.truncation,
+        "random numbers": [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()],
+        "buffers": [buffer.tolist() for buffer in model.buffers()],
+        "modes": [module.training for module in model.modules()],
+        "gradient": torch.is_grad_enabled(),
+    }
+    plain = bool | int | float | str
+    for name, module in model.named_modules():
+        state[f"attributes of {name}"] = {
+            # Of dicts the keys: of their values most are compared elsewhere.
+            key: [item for item in value if isinstance(item, plain)] if isinstance(value, dict | list) else value
+            for key, value in vars(module).items()
+            if isinstance(value, plain | dict | list)
+        }
+    return deepcopy(state)
