@@ -31,6 +31,14 @@ def test_the_readmes_code_runs(readme: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
     assert (tmp_path / "out" / "bema" / "model.safetensors").is_file()
     assert "SyncRefModelCallback" in program
+    shown = [words for words in commands(readme) if words[:2] == ["truestep", "completions"]]
+    assert len(shown) >= 2
+    for words in shown:
+        command = [sys.executable, "-m", *words]
+        assert (
+            "What is a step?"
+            in subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+        )
 
 
 def test_the_readmes_tox_commands_are_what_ci_runs(readme: str, checkout: Path) -> None:
