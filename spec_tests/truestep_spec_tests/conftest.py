@@ -1,5 +1,6 @@
 """Options and fixtures of the suite."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items:
                 if item.path.name.startswith(f"test_{stem}"):
                     item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Keeps the hundred thousands of objects of imported libraries out of garbage collections, which take a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

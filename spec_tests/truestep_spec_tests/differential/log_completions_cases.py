@@ -84,6 +84,19 @@ def prompts_read(setup: Setup, directory: Path) -> int:
     return sum(read)
 
 
+def modes(setup: Setup, directory: Path) -> list[bool]:
+    """Whether modules are in train mode, each time that one is called, while a model in train mode generates."""
+    found: list[bool] = []
+    config = setup.build_generation_config()
+    walk = Walk(setup, directory, attach=lambda trainer: [setup.subject(trainer, config)])
+    walk.begin()
+    walk.placed.model.train()
+    for module in walk.placed.model.modules():
+        module.register_forward_pre_hook(lambda module, args: found.append(module.training))
+    walk.go_to(2)
+    return found
+
+
 class BrokenModelError(RuntimeError):
     """What a model raises that cannot go on."""
 

@@ -14,6 +14,7 @@ from truestep_spec_tests.differential.log_completions_cases import (
     completing,
     disturbed,
     everything,
+    modes,
     variants,
 )
 from truestep_spec_tests.differential.observing import assert_same_states, state_after_training
@@ -68,17 +69,9 @@ def test_model_tokenizer_and_random_numbers_are_left_as_they_were(
 
 @pytest.mark.clause("LOGC-5")
 def test_every_module_is_in_eval_mode_while_it_generates(implementation: Implementation, tmp_path: Path) -> None:
-    setup = completing(implementation.name, model="gpt2")
-    config = setup.build_generation_config()
-    walk = Walk(setup, tmp_path, attach=lambda trainer: [setup.subject(trainer, config)])
-    walk.begin()
-    walk.placed.model.train()
-    modes: list[bool] = []
-    for module in walk.placed.model.modules():
-        module.register_forward_pre_hook(lambda module, args: modes.append(module.training))
-    walk.go_to(2)
-    assert modes
-    assert not any(modes)
+    found = modes(completing(implementation.name, model="gpt2"), tmp_path)
+    assert found
+    assert not any(found)
 
 
 @pytest.mark.clause("LOGC-5")

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from truestep_fixtures import data, trackers
 
 from truestep_spec_tests.differential.cases import logged_warnings
-from truestep_spec_tests.differential.log_completions_cases import disturbed, everything
+from truestep_spec_tests.differential.log_completions_cases import disturbed, everything, modes
 from truestep_spec_tests.meta.faults import unless_it_raises
 from truestep_spec_tests.meta.specification import constructor
 from truestep_spec_tests.runs import Setup, Walk, train_in_lockstep
@@ -86,14 +86,7 @@ def in_what_it_leaves(setup: Setup, directory: Path) -> str | None:
 
 def in_the_modes_of_modules(setup: Setup, directory: Path) -> str | None:
     """A module is in train mode while the model generates."""
-    walk = _walk(setup, directory)
-    walk.begin()
-    walk.placed.model.train()
-    modes: list[bool] = []
-    for module in walk.placed.model.modules():
-        module.register_forward_pre_hook(lambda module, args: modes.append(module.training))
-    walk.go_to(2)
-    return "a module is in train mode" if any(modes) else None
+    return "a module is in train mode" if any(modes(setup, directory)) else None
 
 
 def in_a_trackers_rows(setup: Setup, directory: Path) -> str | None:
