@@ -18,6 +18,7 @@ os.environ |= QUIET  # before a test imports Transformers, and with it trackers
 # What runs on several ranks takes milliseconds that vary with the machine's load.
 settings.register_profile(
     "suite",
+    max_examples=50,
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from truestep_spec_tests.differential.observing import state_after_training
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.runs import Setup, Walk
 
@@ -65,6 +66,12 @@ def skip_the_reference(implementation: Implementation, reason: str) -> None:
     """Skips the test if the reference is its own subject."""
     if implementation.LogCompletionsCallback.__module__.startswith("truestep_reference"):
         pytest.skip(f"the reference {reason}")
+
+
+def train_completing(setup: Setup, directory: Path) -> dict[str, Any]:
+    """What a training that logs leaves on this rank."""
+    config = setup.build_generation_config()
+    return state_after_training(setup, directory, attach=lambda trainer: [setup.subject(trainer, config)])
 
 
 def prompts_read(setup: Setup, directory: Path) -> int:

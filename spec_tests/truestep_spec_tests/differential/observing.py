@@ -66,12 +66,13 @@ def state_after_training(
         **setup.evaluation(),
         **({"save_strategy": "steps", "save_steps": 2} | setup.training),
     )
-    python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python, numpy = random.getstate(), np.random.get_state()
+    pytorch = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     return {
         "optimizer": probe.tensors(),
         "weights": list(read_parameters(result.model).values()),
         "buffers": [buffer.clone() for buffer in result.model.buffers()],
-        "random": [torch.tensor(python[1]), torch.tensor(numpy[1].tolist()), torch.tensor(numpy[2]), pytorch],
+        "random": [torch.tensor(python[1]), torch.tensor(numpy[1].tolist()), torch.tensor(numpy[2]), *pytorch],
     }
 
 
