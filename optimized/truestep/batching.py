@@ -46,8 +46,7 @@ def batches(
         The batches, that of the longest prompts first.
     """
     found: list[Batch] = []
-    in_order = sorted(prompts, key=lambda prompt: (-len(prompt.tokens), prompt.index))
-    in_order.sort(key=new_tokens)
+    in_order = sorted(prompts, key=lambda prompt: (new_tokens(prompt), -len(prompt.tokens), prompt.index))
     for room, alike in groupby(in_order, new_tokens):
         together: list[Prompt] = []
         for prompt in alike:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from truestep.arguments import require_integer
 from truestep.checkpoint import checkpoint_resumed, named_checkpoint
 from truestep.collectives import agree, from_main_process, rank
 from truestep.completions_file import Cell, CompletionsFile, Row
 from truestep.generation import Completer, Settings
 from truestep.numbering import numbered
-from truestep.prompts import OWN_COLUMNS, Encoder, Prompt, is_positive_integer, read_prompts
+from truestep.prompts import OWN_COLUMNS, Encoder, Prompt, read_prompts
 from truestep.sampling import random_states_kept
 from truestep.topology import unwrap
 from truestep.trackers import Trackers
@@ -78,14 +79,13 @@ class LogCompletionsCallback(TrainerCallback):
         batch_tokens: int = 4096,
         gather: bool | None = None,
     ) -> None:
-        if freq is not None and not is_positive_integer(freq):
-            raise ValueError(f"freq={freq!r}: must be an integer of at least 1, or None for the trainer's eval_steps")
-        if freq is None and not trainer.args.eval_steps:
+        if freq is not None:
+            require_integer("freq", freq, 1)
+        elif not trainer.args.eval_steps:
             raise ValueError(
                 f"freq is None, and trainer.args.eval_steps is {trainer.args.eval_steps!r}: give one of them"
             )
-        if not is_positive_integer(batch_tokens):
-            raise ValueError(f"batch_tokens={batch_tokens!r}: must be an integer of at least 1")
+        require_integer("batch_tokens", batch_tokens, 1)
         self.trainer = trainer
         self.generation_config = generation_config
         self.num_prompts = num_prompts

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral, Real
-from typing import Any, TypeGuard
+from typing import Any
 
+from truestep.arguments import require_integer
 from truestep.completions_file import Cell
 
 PROMPT = "prompt"
@@ -63,8 +64,8 @@ def read_prompts(dataset: Any, num_prompts: int | None, columns: Sequence[str]) 
         ValueError: There is no dataset, a column is missing or a prompt is something else, there are no rows, or
             `num_prompts` is no integer of at least 1.
     """
-    if num_prompts is not None and not is_positive_integer(num_prompts):
-        raise ValueError(f"num_prompts={num_prompts!r}: must be an integer of at least 1, or None for all prompts")
+    if num_prompts is not None:
+        require_integer("num_prompts", num_prompts, 1)
     if dataset is None:
         raise ValueError("trainer.eval_dataset is None: give the trainer an evaluation dataset with a column 'prompt'")
     if not isinstance(dataset, Mapping):
@@ -177,11 +178,6 @@ class Encoder:
                 )
             tokens = [start]
         return tokens
-
-
-def is_positive_integer(value: object) -> TypeGuard[int]:
-    """Whether a value is an integer of at least 1; a truth value is none."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _read(

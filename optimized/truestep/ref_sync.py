@@ -1,8 +1,6 @@
 """A reference model that follows the policy, without gathering either."""
 
 import logging
-import math
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from truestep.arguments import require_integer, require_real
 from truestep.blending import BlendedReference
 from truestep.checkpoint import (
     CheckpointError,
@@ -229,9 +228,6 @@ def _settings(args: Any) -> tuple[int, float]:
                 "reference model, such as trl.DPOConfig, or add the field to yours"
             )
     interval, weight = (getattr(args, name) for name in names)
-    if isinstance(interval, bool) or not isinstance(interval, Integral) or int(interval) < 1:
-        raise ValueError(f"args.ref_model_sync_steps={interval!r}: must be an integer of at least 1")
-    number = float(weight) if isinstance(weight, Real) and not isinstance(weight, bool) else math.nan
-    if not 0 <= number <= 1:
-        raise ValueError(f"args.ref_model_mixup_alpha={weight!r}: must be a number in [0, 1]")
-    return int(interval), number
+    require_integer("args.ref_model_sync_steps", interval, 1)
+    require_real("args.ref_model_mixup_alpha", weight, 1)
+    return int(interval), float(weight)

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import asdict, dataclass
-from numbers import Integral, Real
+from numbers import Integral
+
+from truestep.arguments import require_integer, require_real
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,11 @@ class BEMASchedule:
     min_ema_multiplier: float
 
     def __post_init__(self) -> None:
-        _require_integer("update_freq", self.update_freq, minimum=1)
-        _require_integer("update_after", self.update_after, minimum=0)
+        require_integer("update_freq", self.update_freq, minimum=1)
+        require_integer("update_after", self.update_after, minimum=0)
         for name in ("ema_power", "bias_power", "lag", "multiplier"):
-            _require_real(name, getattr(self, name), maximum=math.inf)
-        _require_real("min_ema_multiplier", self.min_ema_multiplier, maximum=1)
+            require_real(name, getattr(self, name), maximum=math.inf)
+        require_real("min_ema_multiplier", self.min_ema_multiplier, maximum=1)
         first_base = self._base(self.update_after + self.update_freq)
         if first_base < 1:
             raise ValueError(
@@ -76,15 +78,3 @@ class BEMASchedule:
 
     def _base(self, step: int) -> float:
         return float(self.lag + self.multiplier * step)
-
-
-def _require_integer(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < minimum:
-        raise ValueError(f"{name}={value!r}: must be an integer of at least {minimum}")
-
-
-def _require_real(name: str, value: object, maximum: float) -> None:
-    allowed = "a finite number of at least 0" if maximum == math.inf else f"a number in [0, {maximum}]"
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    if not (math.isfinite(number) and 0 <= number <= maximum):
-        raise ValueError(f"{name}={value!r}: must be {allowed}")

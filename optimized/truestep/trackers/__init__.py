@@ -81,17 +81,13 @@ class Trackers:
         self._has_warned = False
 
     def begin(self, step: int, earlier: Path | None = None) -> None:
-        """Begin a training, for which trackers that have failed are tried again.
+        """Begin, once.
 
         Args:
             step: 0 forgets what runs have; otherwise the step of the checkpoint, and it is read.
             earlier: The file of the training that the checkpoint is from. It counts for runs that this training's own
                 file does not name: that may be of a training that had the directory before.
         """
-        self.close()
-        self._failed = set()
-        self._has_warned = False
-        self._sent, self._sent_earlier = {}, {}
         if step == 0:
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
@@ -123,11 +119,6 @@ class Trackers:
                     self._table,
                     error,
                 )
-
-    def close(self) -> None:
-        """Let go of the runs; what they have stays known."""
-        self._trackers = {}
-        self._complete = {}
 
     def _send(self, name: str, rows: Sequence[Row], earlier: Callable[[int], Iterable[Row]]) -> None:
         if name not in self._trackers:

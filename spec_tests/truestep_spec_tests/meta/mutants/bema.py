@@ -80,7 +80,7 @@ MUTANTS = (
     Mutant(
         "bad_argument_accepted",
         "BEMA-14",
-        "schedule.py",
+        "arguments.py",
         "if isinstance(value, bool) or not isinstance(value, Integral)",
         "if not isinstance(value, Integral)",
         checks.refuses_bad_arguments,

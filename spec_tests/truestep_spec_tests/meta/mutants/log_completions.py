@@ -25,8 +25,8 @@ MUTANTS = (
         "interval_guessed",
         "LOGC-1",
         "log_completions.py",
-        "if freq is None and not trainer.args.eval_steps:",
-        "if False:",
+        "elif not trainer.args.eval_steps:",
+        "elif False:",
         checks.refuses_to_guess_an_interval,
     ),
     # Prompts

@@ -73,8 +73,8 @@ MUTANTS = (
         "bad_alpha_accepted",
         "SYNC-8",
         "ref_sync.py",
-        "if not 0 <= number <= 1:",
-        "if not 0 <= number:",
+        'require_real("args.ref_model_mixup_alpha", weight, 1)',
+        'require_real("args.ref_model_mixup_alpha", weight, float("inf"))',
         checks.refuses_bad_settings,
     ),
     Mutant(
