@@ -7,7 +7,6 @@ torn write and is never read as state. Nothing is pickled.
 
 import json
 import os
-import traceback
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from truestep.collectives import agree, exchange, rank, world_size
 from truestep.disk import to_disk
 from truestep.topology import Extent, Shard
+from truestep.trainer_frames import variables_of_trainer
 
 INDEX = "index.json"
 FORMAT_VERSION = 1
@@ -50,11 +50,9 @@ def checkpoint_resumed(args: TrainingArguments, state: TrainerState) -> Path:
 
 def named_checkpoint() -> Path | None:
     """The checkpoint that the Trainer's loop that has called us was told to continue from; None if it was not."""
-    from transformers import Trainer  # here, as it imports datasets and pandas
-
-    for frame, _ in traceback.walk_stack(None):
-        path = frame.f_locals.get("resume_from_checkpoint")
-        if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(path, str | os.PathLike):
+    for variables in variables_of_trainer():
+        path = variables.get("resume_from_checkpoint")
+        if isinstance(path, str | os.PathLike):
             return Path(os.path.abspath(path))  # noqa: PTH100 - which resolves "..", and no links
     return None
 

@@ -11,13 +11,11 @@ from transformers import GenerationConfig, TrainerCallback, TrainerControl, Trai
 
 from truestep.arguments import require_integer
 from truestep.checkpoint import checkpoint_resumed, named_checkpoint
-from truestep.collectives import agree, from_main_process, rank
 from truestep.completions_file import Cell, CompletionsFile, Row
-from truestep.generation import Completer, Settings
 from truestep.numbering import numbered
-from truestep.prompts import OWN_COLUMNS, Encoder, Prompt, read_prompts
+from truestep.observer import Observer
+from truestep.prompts import OWN_COLUMNS, Prompt
 from truestep.sampling import random_states_kept
-from truestep.topology import unwrap
 from truestep.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -85,20 +83,10 @@ class LogCompletionsCallback(TrainerCallback):
             raise ValueError(
                 f"freq is None, and trainer.args.eval_steps is {trainer.args.eval_steps!r}: give one of them"
             )
-        require_integer("batch_tokens", batch_tokens, 1)
         self.trainer = trainer
-        self.generation_config = generation_config
-        self.num_prompts = num_prompts
         self.freq = freq
-        self.columns = columns
-        self.batch_tokens = batch_tokens
-        self.gather = gather
-        with random_states_kept():  # a dataset may draw
-            self._rows = read_prompts(trainer.eval_dataset, num_prompts, columns)
-        encoder, _ = self._understood(trainer.model)
-        encoder.require_template(self._rows)
-        self._warn_of_fewer_prompts()
-        self._completer: Completer | None = None
+        self._observer = Observer(trainer, generation_config, batch_tokens, gather)
+        self._rows = self._observer.read(num_prompts, columns)
         self._prompts: list[Prompt] = []
         self._last_step = 0
         self._file: CompletionsFile | None = None
@@ -120,10 +108,9 @@ class LogCompletionsCallback(TrainerCallback):
         if step % self._interval(args, state) != 0 or step == self._last_step:
             return
         with random_states_kept():  # trackers may draw
-            if self._completer is None:  # added in the middle of a training
+            if not self._observer.is_ready:  # added in the middle of a training
                 self._begin(args, state, kwargs["model"], step - 1, is_resumed=named_checkpoint() is not None)
-            assert self._completer is not None
-            completions = self._completer.complete(self._prompts, args.seed, step)
+            completions = self._observer.complete(self._prompts, args.seed, step)
             self._last_step = step
             if state.is_world_process_zero:
                 self._log([_row(step, *pair) for pair in zip(self._prompts, completions, strict=True)])
@@ -137,7 +124,8 @@ class LogCompletionsCallback(TrainerCallback):
     ) -> None:
         """Write what could not be written before, and let go of the model and the trackers."""
         self._write_pending()
-        self._completer, self._file, self._trackers = None, None, None
+        self._observer.end()
+        self._file, self._trackers = None, None
 
     # Parts
 
@@ -149,41 +137,14 @@ class LogCompletionsCallback(TrainerCallback):
         assert interval
         return math.ceil(state.max_steps * interval) if interval < 1 else int(interval)
 
-    def _understood(self, model: nn.Module | None) -> tuple[Encoder, Settings]:
-        assert model is not None
-        encoder = Encoder(self.trainer.processing_class)
-        return encoder, Settings(unwrap(model), encoder.longest, self.generation_config)
-
-    def _warn_of_fewer_prompts(self) -> None:
-        dataset = self.trainer.eval_dataset
-        asked = (self.num_prompts or 0) * (len(dataset) if isinstance(dataset, dict) else 1)
-        if len(self._rows) < asked and self.trainer.args.process_index == 0:
-            logger.warning(
-                "LogCompletions: num_prompts=%d: the evaluation dataset has %d prompts in all, and all are used",
-                self.num_prompts,
-                len(self._rows),
-            )
-
     def _begin(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, step: int, *, is_resumed: bool
     ) -> None:
-        encoder, settings = self._understood(model)
-        gather = self.gather
-        if gather is None and getattr(args, "ds3_gather_for_generation", None) is False:
-            gather = False
-        self._completer = Completer(model, encoder, settings, args.device, self.batch_tokens, gather)
-        # Every rank completes the prompts that the main process has read.
-        prompts = agree(lambda: self._encoded(encoder, settings) if rank() == 0 else [], ValueError)
-        self._prompts = from_main_process(prompts)
+        self._observer.begin(args, model)
+        self._prompts = self._observer.encode(self._rows)
         self._last_step = 0
         if state.is_world_process_zero:
             self._open(args, state, step, is_resumed)
-
-    def _encoded(self, encoder: Encoder, settings: Settings) -> list[Prompt]:
-        return [
-            encoder.encode(row, index, settings.room, keeps_end=settings.is_encoder_decoder)
-            for index, row in enumerate(self._rows)
-        ]
 
     def _open(self, args: TrainingArguments, state: TrainerState, step: int, is_resumed: bool) -> None:
         assert args.output_dir is not None

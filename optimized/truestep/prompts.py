@@ -48,13 +48,16 @@ class Prompt:
     cells: dict[str, Cell]
 
 
-def read_prompts(dataset: Any, num_prompts: int | None, columns: Sequence[str]) -> list[PromptRow]:
+def read_prompts(
+    dataset: Any, num_prompts: int | None, columns: Sequence[str] = (), name: str = "trainer.eval_dataset"
+) -> list[PromptRow]:
     """Take the prompts out of an evaluation dataset.
 
     Args:
         dataset: A `Dataset`, another iterable of rows, or a dict of such.
         num_prompts: How many are taken from the beginning of each dataset; None: all.
         columns: Further columns whose cells go along.
+        name: What errors call the dataset.
 
     Returns:
         The prompts in the order of the dataset, or datasets; at least one, and fewer than asked for where there are
@@ -67,15 +70,15 @@ def read_prompts(dataset: Any, num_prompts: int | None, columns: Sequence[str]) 
     if num_prompts is not None:
         require_integer("num_prompts", num_prompts, 1)
     if dataset is None:
-        raise ValueError("trainer.eval_dataset is None: give the trainer an evaluation dataset with a column 'prompt'")
+        raise ValueError(f"{name} is None: give the trainer an evaluation dataset with a column 'prompt'")
     if not isinstance(dataset, Mapping):
-        return _read(dataset, "trainer.eval_dataset", num_prompts, _titles(columns, OWN_COLUMNS), {})
+        return _read(dataset, name, num_prompts, _titles(columns, OWN_COLUMNS), {})
     titles = _titles(columns, (*OWN_COLUMNS, DATASET))
     rows = []
-    for name, part in dataset.items():
-        rows += _read(part, f"trainer.eval_dataset[{name!r}]", num_prompts, titles, {DATASET: str(name)})
+    for key, part in dataset.items():
+        rows += _read(part, f"{name}[{key!r}]", num_prompts, titles, {DATASET: str(key)})
     if not rows:
-        raise ValueError("trainer.eval_dataset is a dict without datasets")
+        raise ValueError(f"{name} is a dict without datasets")
     return rows
 
 
