@@ -7,7 +7,7 @@ from typing import Any
 
 from log_completions_contest import NEW_TOKENS
 from measuring import Spread
-from reporting import Row, Table, in_words, milliseconds, what
+from reporting import Row, Table, in_words, milliseconds, verdict, what
 
 _ENDS = 5
 """Loggings at the beginning and at the end of a training, of which medians are compared."""
@@ -137,7 +137,7 @@ def _promises_of_throughput(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
         if row["ranks"] in _LIMITS:
             limit, measured = _LIMITS[row["ranks"]], _times_faster(row).median
             name = f"completions in a second ÷ TRL's, {' '.join(what(row))}, {row['ranks']} rank(s)"
-            yield name, f"≥ {limit}", f"{measured:.2f}", _verdict(measured >= limit)
+            yield name, f"≥ {limit}", f"{measured:.2f}", verdict(measured >= limit)
 
 
 def _promises_of_logging(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
@@ -147,13 +147,9 @@ def _promises_of_logging(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
     ours, theirs = by_callback["truestep"], by_callback["TRL"]
     size, growth = ours["bytes"] / ours["text"], _growth(ours["seconds"])
     faster = Spread.of_ratios(_totals(theirs), _totals(ours)).median
-    yield "Weights & Biases: bytes on disk ÷ text", "≤ 5", f"{size:.2f}", _verdict(size <= 5)
-    yield "Weights & Biases: last loggings ÷ first", "≤ 1.5", f"{growth:.2f}", _verdict(growth <= 1.5)
-    yield "Weights & Biases: TRL's time ÷ truestep's", "≥ 10", f"{faster:.1f}", _verdict(faster >= 10)
-
-
-def _verdict(holds: bool) -> str:
-    return "ok" if holds else "FAILED"
+    yield "Weights & Biases: bytes on disk ÷ text", "≤ 5", f"{size:.2f}", verdict(size <= 5)
+    yield "Weights & Biases: last loggings ÷ first", "≤ 1.5", f"{growth:.2f}", verdict(growth <= 1.5)
+    yield "Weights & Biases: TRL's time ÷ truestep's", "≥ 10", f"{faster:.1f}", verdict(faster >= 10)
 
 
 def _times_faster(row: Row) -> Spread:

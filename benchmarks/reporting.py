@@ -66,3 +66,8 @@ def milliseconds(seconds: Sequence[float]) -> str:
 def in_words(spread: Spread, digits: int = 2) -> str:
     """A median with its quartiles."""
     return f"{spread.median:.{digits}f} [{spread.low:.{digits}f}–{spread.high:.{digits}f}]"
+
+
+def verdict(holds: bool) -> str:
+    """Whether what is promised was measured."""
+    return "ok" if holds else "FAILED"
