@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from truestep.pairing import PairingError
     from truestep.ref_sync import SyncRefModelCallback
     from truestep.topology import UnsupportedModelError
+    from truestep.weave_eval import WeaveCallback
 
 __all__ = [
     "BEMACallback",
@@ -24,6 +25,7 @@ __all__ = [
     "PairingError",
     "SyncRefModelCallback",
     "UnsupportedModelError",
+    "WeaveCallback",
 ]
 
 _MODULES = {
@@ -34,6 +36,7 @@ _MODULES = {
     "PairingError": "pairing",
     "SyncRefModelCallback": "ref_sync",
     "UnsupportedModelError": "topology",
+    "WeaveCallback": "weave_eval",
 }
 
 

@@ -264,6 +264,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     return inner
 
 
+def class_name(model: nn.Module) -> str:
+    """What the class of an unwrapped model is called; FSDP2 puts one of its own in its place."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
 def require_supported_dtypes(shards: Iterable[Shard]) -> None:
     """Check that weights have a dtype that can be averaged.
 

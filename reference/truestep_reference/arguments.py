@@ -46,6 +46,24 @@ def real(name: str, value: object, *, at_most: float = math.inf) -> float:
     return number
 
 
+def name(name: str, value: object) -> str:
+    """Checks an argument that names something.
+
+    Args:
+        name: Name of the argument.
+        value: What was given for it.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: ``value`` is no string, or there is nothing but space in it.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be a string with something in it, got {value!r}")
+    return value
+
+
 def existing_device(name: str, value: object) -> torch.device:
     """Checks an argument that names a device on which float64 tensors can live.
 

@@ -1,6 +1,7 @@
 """One completion of one prompt: no batch, no padding, no cache."""
 
 import copy
+import hashlib
 import math
 import random
 from collections.abc import Iterator
@@ -207,6 +208,25 @@ def new_tokens(config: GenerationConfig, window: float, prompt_length: int, *, i
     if is_encoder_decoder:
         return max(1, int(config.max_length) - 1)
     return int(min(config.max_length, window)) - prompt_length
+
+
+def prompt_seed(seed: int, step: int, index: int) -> int:
+    """The seed of what a prompt draws at a step: BLAKE2b of 8 bytes of ``{seed}/{t}/{i}``, big-endian, modulo 2⁶³.
+
+    Args:
+        seed: The training's ``args.seed``.
+        step: ``t``.
+        index: ``i``, the number of the prompt, counted from 0.
+
+    Returns:
+        The seed.
+
+    Example:
+        >>> prompt_seed(42, 100, 0) == int(hashlib.blake2b(b"42/100/0", digest_size=8).hexdigest(), 16) % 2**63
+        True
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, byteorder="big") % 2**63
 
 
 @torch.no_grad()

@@ -23,10 +23,11 @@ class Prompt(NamedTuple):
     cells: Row
 
 
-def read(dataset: Any, num_prompts: int | None, columns: Sequence[str]) -> list[Prompt]:
+def read(name: str, dataset: Any, num_prompts: int | None, columns: Sequence[str]) -> list[Prompt]:
     """Takes the prompts of an evaluation dataset, in its order.
 
     Args:
+        name: What errors call the dataset.
         dataset: A ``Dataset``, an ``IterableDataset``, another iterable of rows, or a dict of these.
         num_prompts: How many to take, of each if there are several; None for all.
         columns: Further columns that rows of the table have.
@@ -38,23 +39,23 @@ def read(dataset: Any, num_prompts: int | None, columns: Sequence[str]) -> list[
         ValueError: There is no dataset, no row, no such column, or something else than a prompt.
 
     Example:
-        >>> read([{"prompt": "a", "difficulty": 3}, {"prompt": "b"}], 1, ["difficulty"])
+        >>> read("mine", [{"prompt": "a", "difficulty": 3}, {"prompt": "b"}], 1, ["difficulty"])
         [Prompt(content='a', cells={'difficulty': 3})]
-        >>> read({"dev": [{"prompt": "a"}]}, None, [])
+        >>> read("mine", {"dev": [{"prompt": "a"}]}, None, [])
         [Prompt(content='a', cells={'dataset': 'dev'})]
     """
     if isinstance(columns, str):
         raise ValueError(f"columns must be a list of names, got the string {columns!r}")
     if dataset is None:
-        raise ValueError("trainer.eval_dataset is None: completions are of an evaluation dataset's prompts")
+        raise ValueError(f"{name} is None: completions are of an evaluation dataset's prompts")
     if not isinstance(dataset, Mapping):
-        return _read_one("trainer.eval_dataset", dataset, num_prompts, named(columns, ["step", "prompt", "completion"]))
+        return _read_one(name, dataset, num_prompts, named(columns, ["step", "prompt", "completion"]))
     if not dataset:
-        raise ValueError(f"trainer.eval_dataset is {dataset!r}: it must have at least one dataset")
+        raise ValueError(f"{name} is {dataset!r}: it must have at least one dataset")
     names = named(columns, ["step", "prompt", "completion", "dataset"])
     found = []
     for key, part in dataset.items():
-        for prompt in _read_one(f"trainer.eval_dataset[{key!r}]", part, num_prompts, names):
+        for prompt in _read_one(f"{name}[{key!r}]", part, num_prompts, names):
             found.append(Prompt(prompt.content, {"dataset": str(key), **prompt.cells}))
     return found
 
@@ -160,8 +161,8 @@ def encode(text: str, tokenizer: Any, *, is_rendered: bool, is_encoder_decoder: 
         tokens = [beginning if beginning is not None else end]
     if tokens == [None]:
         raise ValueError(
-            f"trainer.eval_dataset has the prompt {text!r}, which has no tokens, and the tokenizer has neither a "
-            "bos_token nor an eos_token to begin with"
+            f"the prompt {text!r} has no tokens, and the tokenizer has neither a bos_token nor an eos_token to begin "
+            "with"
         )
     return tokens
 

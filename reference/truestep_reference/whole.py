@@ -36,6 +36,18 @@ def unwrap(model: nn.Module) -> nn.Module:
     return module
 
 
+def class_name(model: nn.Module) -> str:
+    """The name of a model's class.
+
+    Args:
+        model: An unwrapped model.
+
+    Returns:
+        The name that the class has without FSDP2, which puts one of its own in its place.
+    """
+    return next(class_.__name__ for class_ in type(model).__mro__ if not issubclass(class_, FSDPModule))
+
+
 def require_supported(model: nn.Module) -> None:
     """Refuses models whose trained weights cannot be had whole, or cannot be saved when they are averaged.
 

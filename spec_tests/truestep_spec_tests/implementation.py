@@ -10,6 +10,7 @@ CALLBACKS = {
     "BEMACallback": "bema",
     "SyncRefModelCallback": "ref_sync",
     "LogCompletionsCallback": "log_completions",
+    "WeaveCallback": "weave_eval",
 }
 """The callbacks that the suite tests: their documented names, and how files that are about them are called."""
 
@@ -29,9 +30,9 @@ class Implementation:
     Example:
         >>> Implementation("truestep_reference").BEMACallback.__module__
         'truestep_reference.bema'
-        >>> Implementation("json")
+        >>> Implementation("json")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: implementation='json': it has none of BEMACallback, SyncRefModelCallback, LogCompletionsCallback
+        ValueError: implementation='json': it has none of BEMACallback, SyncRefModelCallback, ...
     """
 
     name: str
@@ -54,6 +55,11 @@ class Implementation:
     def LogCompletionsCallback(self) -> type[Any]:  # noqa: N802 - the documented name of the class
         """The class under test."""
         return self.callback("LogCompletionsCallback")
+
+    @property
+    def WeaveCallback(self) -> type[Any]:  # noqa: N802 - the documented name of the class
+        """The class under test."""
+        return self.callback("WeaveCallback")
 
     def callback(self, callback: str) -> type[Any]:
         """The class under test of a documented name.

@@ -1,7 +1,8 @@
 """What the suite runs on every rank of a pool: trainings and followed trajectories, in lockstep with the reference."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,10 @@ from truestep_fixtures import data, models, topologies
 from truestep_fixtures.events import Events
 from truestep_fixtures.topologies import Placed
 from truestep_fixtures.training import Attach, train
+from truestep_fixtures.weave_server import RecordingServer
 
 from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.lockstep import Comparisons, OnCompared, bema, log_completions, ref_sync
+from truestep_spec_tests.lockstep import Comparisons, OnCompared, bema, log_completions, ref_sync, weave_eval
 from truestep_spec_tests.observe import Watcher, completions, shadow_at_event
 from truestep_spec_tests.recording import Kind, Recorded, Recorder, Trajectory, draw
 
@@ -41,6 +43,7 @@ class Setup:
         ref_model: Of the reference model, `topology` and `dtype` where they are others than the policy's.
         prompts: Of completions, one of `truestep_fixtures.data.PROMPTS`, the evaluation dataset.
         generation: Of completions, fields of the generation config.
+        scorers: Of evaluations in Weave, some of `truestep_spec_tests.lockstep.weave_eval.SCORERS`, or None.
     """
 
     implementation: str = "truestep"
@@ -56,19 +59,21 @@ class Setup:
     ref_model: dict[str, str] = field(default_factory=dict)
     prompts: str = "mixed"
     generation: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 4})
+    scorers: list[str] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype that `dtype` names."""
         return _dtype(self.dtype)
 
-    def subject(self, *arguments: Any) -> Any:
-        """A new callback of the implementation under test; `arguments` come before the hyperparameters."""
-        return Implementation(self.implementation).callback(self.callback)(*arguments, **self.hyperparameters)
+    def subject(self, *arguments: Any, **defaults: Any) -> Any:
+        """A new callback of the implementation under test; the hyperparameters go before what else is given by name."""
+        class_ = Implementation(self.implementation).callback(self.callback)
+        return class_(*arguments, **defaults | self.hyperparameters)
 
-    def reference(self, *arguments: Any) -> Any:
+    def reference(self, *arguments: Any, **defaults: Any) -> Any:
         """A new reference callback with the same hyperparameters."""
-        return getattr(truestep_reference, self.callback)(*arguments, **self.hyperparameters)
+        return getattr(truestep_reference, self.callback)(*arguments, **defaults | self.hyperparameters)
 
     def build_model(self) -> nn.Module:
         """The model, with the weights that the seed gives or the directory holds."""
@@ -102,9 +107,15 @@ class Setup:
         """The generation config; sequences end with the tokenizer's token for that, not with that of the model's."""
         return GenerationConfig(**{"eos_token_id": self._tokenizer().eos_token_id} | self.generation)
 
+    def weave_arguments(self) -> dict[str, Any]:
+        """What a callback that logs to Weave is given besides a trainer and the hyperparameters."""
+        scorers = None if self.scorers is None else {name: weave_eval.SCORERS[name] for name in self.scorers}
+        config = self.build_generation_config()
+        return {"project_name": weave_eval.PROJECT, "scorers": scorers, "generation_config": config}
+
     @property
     def _has_prompts(self) -> bool:
-        return self.callback == "LogCompletionsCallback"
+        return self.callback in ("LogCompletionsCallback", "WeaveCallback")
 
     def _tokenizer(self) -> Any:
         if (Path(self.model) / "tokenizer_config.json").is_file():
@@ -145,19 +156,19 @@ def train_in_lockstep(
         counter: A file that holds the number of the step compared last, for who watches.
     """
     began = time.perf_counter()
-    callbacks, attach, comparisons = _lockstep(setup, directory, _observer(recording, counter))
-    train(
-        setup.topology,
-        setup.build_model(),
-        output_dir=directory,
-        callbacks=callbacks,
-        attach=attach,
-        steps=setup.steps,
-        dtype=setup.torch_dtype,
-        seed=setup.seed,
-        **setup.evaluation(),
-        **setup.training,
-    )
+    with _lockstep(setup, directory, _observer(recording, counter)) as (callbacks, attach, comparisons):
+        train(
+            setup.topology,
+            setup.build_model(),
+            output_dir=directory,
+            callbacks=callbacks,
+            attach=attach,
+            steps=setup.steps,
+            dtype=setup.torch_dtype,
+            seed=setup.seed,
+            **setup.evaluation(),
+            **setup.training,
+        )
     return Outcome(comparisons, time.perf_counter() - began)
 
 
@@ -181,14 +192,15 @@ def follow_in_lockstep(
         counter: As in `train_in_lockstep`.
     """
     began = time.perf_counter()
-    callbacks, attach, comparisons = _lockstep(setup, directory, _observer(recording, counter))
     points = None if trajectory is None else Trajectory.load(trajectory).steps
-    walk = Walk(setup, directory, callbacks, attach=attach, kind=kind, points=points)
-    walk.begin()
-    for step in list(walk.points)[1:]:
-        if comparisons.divergence is not None:
-            break
-        walk.go_to(step)
+    with _lockstep(setup, directory, _observer(recording, counter)) as (callbacks, attach, comparisons):
+        walk = Walk(setup, directory, callbacks, attach=attach, kind=kind, points=points)
+        walk.begin()
+        for step in list(walk.points)[1:]:
+            if comparisons.divergence is not None:
+                break
+            walk.go_to(step)
+        walk.end()
     return Outcome(comparisons, time.perf_counter() - began)
 
 
@@ -227,6 +239,7 @@ class Walk:
         settings = {"max_steps": setup.steps, "seed": setup.seed} | setup.training
         args = topologies.training_arguments("ddp" if dist.is_initialized() else "single", directory, **settings)
         self.events = Events(self.placed.model, args, callbacks, **setup.evaluation())
+        self._works_in_background = setup.callback == "WeaveCallback"
         for callback in () if attach is None else attach(self.events):
             self.events.add_callback(callback)
 
@@ -240,6 +253,11 @@ class Walk:
         for t in range(self.events.state.global_step + 1, step + 1):
             self.placed.write(self.points[t])
             self.events.step(t)
+
+    def end(self) -> None:
+        """Ends the training, for callbacks that work in the background; of others it would ask for files."""
+        if self._works_in_background:
+            self.events.train_end()
 
 
 def walked(
@@ -256,18 +274,20 @@ def walked(
         save: Whether a checkpoint is saved at its end.
 
     Returns:
-        What the callback shows of its state at each step from `first` on, by the names of the parameters; or its table.
+        What the callback shows of its state at each step from `first` on, by the names of the parameters; or its table,
+        or what has arrived in Weave.
     """
-    callbacks, attach, watcher = _watched(setup)
-    walk = Walk(setup, directory, callbacks, attach=attach, kind=kind)
-    walk.begin(first)
-    shown = {first: watcher.shown}
-    for step in range(first + 1, (setup.steps if last is None else last) + 1):
-        walk.go_to(step)
-        shown[step] = watcher.shown
-    if save:
-        walk.events.save()
-    if setup.callback == "LogCompletionsCallback":
+    with _watched(setup) as (callbacks, attach, watcher):
+        walk = Walk(setup, directory, callbacks, attach=attach, kind=kind)
+        walk.begin(first)
+        shown = {first: watcher.shown}
+        for step in range(first + 1, (setup.steps if last is None else last) + 1):
+            walk.go_to(step)
+            shown[step] = watcher.shown
+        if save:
+            walk.events.save()
+        walk.end()
+    if setup.callback in ("LogCompletionsCallback", "WeaveCallback"):
         return shown
     return {step: {name: values[name] for name in walk.points[0]} for step, values in shown.items()}
 
@@ -284,10 +304,23 @@ def first_difference_in_one_process(setup: Setup, recording: Path, directory: Pa
         Where what it shows differs from what was recorded for the first time, or None.
     """
     alone = setup.on(topology="single", ref_model=setup.ref_model | {"topology": "single"})
-    callbacks, attach, watcher = _watched(alone)
     points, shown = Recorded(recording, "theta"), Recorded(recording, "shown")
-    walk = Walk(alone, directory, callbacks, attach=attach, points=points)
-    for step in points:
+    with _watched(alone) as (callbacks, attach, watcher):
+        walk = Walk(alone, directory, callbacks, attach=attach, points=points)
+        difference = _first_difference(walk, watcher, shown)
+        walk.end()
+    return difference
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal to the last bit, NaNs and signs of zeros included."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
+
+
+def _first_difference(walk: Walk, watcher: Watcher, shown: Mapping[int, Mapping[str, Tensor]]) -> str | None:
+    for step in walk.points:
         if step == 0:
             walk.begin()
         else:
@@ -296,13 +329,6 @@ def first_difference_in_one_process(setup: Setup, recording: Path, directory: Pa
             if name not in watcher.shown or not same_bits(watcher.shown[name], value):
                 return f"step {step}, {name}"
     return None
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal to the last bit, NaNs and signs of zeros included."""
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
 
 
 def sync_in_lockstep(
@@ -322,23 +348,53 @@ def completions_in_lockstep(setup: Setup, on_compared: OnCompared | None = None)
     )
 
 
+def weave_in_lockstep(
+    setup: Setup, server: RecordingServer | None, on_compared: OnCompared | None = None
+) -> tuple[Attach, Comparisons]:
+    """As `completions_in_lockstep`, for evaluations that arrive at a server."""
+    arguments = setup.weave_arguments()
+    return weave_eval.lockstep(
+        lambda trainer: setup.subject(trainer, **arguments),
+        lambda trainer: setup.reference(trainer, **arguments),
+        server,
+        on_compared,
+    )
+
+
+@contextmanager
 def _lockstep(
     setup: Setup, directory: Path, on_compared: OnCompared
-) -> tuple[list[TrainerCallback], Attach | None, Comparisons]:
+) -> Iterator[tuple[list[TrainerCallback], Attach | None, Comparisons]]:
     """A subject and the reference of the setup's callback, with what compares them: callbacks, or what makes them."""
-    if setup.callback == "LogCompletionsCallback":
-        return [], *completions_in_lockstep(setup, on_compared)
-    if setup.callback == "BEMACallback":
+    if setup.callback == "WeaveCallback":
+        with weave_eval.served() as server:
+            yield [], *weave_in_lockstep(setup, server, on_compared)
+    elif setup.callback == "LogCompletionsCallback":
+        yield [], *completions_in_lockstep(setup, on_compared)
+    elif setup.callback == "BEMACallback":
         subject, reference = setup.subject(), setup.reference()
         callbacks, comparisons = bema.lockstep(subject, reference, directory / "reference", on_compared)
+        yield callbacks, None, comparisons
     else:
         _, callbacks, comparisons = sync_in_lockstep(setup, on_compared)
-    return callbacks, None, comparisons
+        yield callbacks, None, comparisons
 
 
-def _watched(setup: Setup) -> tuple[list[TrainerCallback], Attach | None, Watcher]:
+@contextmanager
+def _watched(setup: Setup) -> Iterator[tuple[list[TrainerCallback], Attach | None, Watcher]]:
     """A subject of the setup's callback with what looks at its state, as callbacks or as what makes them."""
-    if setup.callback == "LogCompletionsCallback":
+    if setup.callback == "WeaveCallback":
+        arguments, dataset = setup.weave_arguments(), setup.evaluation()["eval_dataset"]
+        with weave_eval.served() as server:
+            arrivals = weave_eval.ArrivalsAfterEvents(server, len(dataset) if isinstance(dataset, Mapping) else 1)
+            watcher = Watcher(arrivals)
+
+            def attach_with_server(trainer: Any) -> list[TrainerCallback]:
+                arrivals.subject = setup.subject(trainer, **arguments)
+                return [arrivals.subject, watcher]
+
+            yield [], attach_with_server, watcher
+    elif setup.callback == "LogCompletionsCallback":
         config, made = setup.build_generation_config(), []
 
         def attach(trainer: Any) -> list[TrainerCallback]:
@@ -346,14 +402,15 @@ def _watched(setup: Setup) -> tuple[list[TrainerCallback], Attach | None, Watche
             return [*made, watcher]
 
         watcher = Watcher(lambda args, state, *_, **__: log_completions.as_tensors(completions(made[0], args, state)))
-        return [], attach, watcher
-    if setup.callback == "BEMACallback":
+        yield [], attach, watcher
+    elif setup.callback == "BEMACallback":
         subject = setup.subject()
         watcher = Watcher(partial(shadow_at_event, subject))
+        yield [subject, watcher], None, watcher
     else:
         placed = setup.place_ref_model()
         subject, watcher = setup.subject(placed.engine, None), Watcher(lambda *_, **__: placed.read())
-    return [subject, watcher], None, watcher
+        yield [subject, watcher], None, watcher
 
 
 def _dtype(name: str) -> torch.dtype:

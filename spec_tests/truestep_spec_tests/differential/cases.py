@@ -29,8 +29,8 @@ def placements(*counts: int, topologies: tuple[str, ...] = TOPOLOGIES) -> list[t
     return [("single", 1)] * ("single" in topologies) + distributed
 
 
-PLACEMENTS = [*placements(2, 4), *placements(3, topologies=SHARDED)]
-"""Every topology at 2 and 4 ranks, and at 3, where nothing divides evenly, those that shard."""
+PLACEMENTS = [*placements(2), *placements(3, topologies=SHARDED)]
+"""Every topology at 2 ranks, and at 3, where nothing divides evenly, those that shard."""
 
 
 def require(implementation: Implementation, *methods: str) -> None:

@@ -26,10 +26,9 @@ Ranks = Callable[[int], RankPool]
 
 TRAININGS = [
     *((topology, count, "gpt2", "float32") for topology, count in placements(2) if topology != "zero1"),
-    *((topology, 3, "gpt2", "float32") for topology in ("ddp", "zero2", "zero3", "fsdp2")),
+    *((topology, 3, "gpt2", "float32") for topology in ("zero3", "fsdp2")),
     ("zero3", 2, "gpt2", "bfloat16"),
     ("ddp", 2, "lora", "float32"),
-    ("fsdp2", 2, "qwen2", "bfloat16"),
 ]
 
 

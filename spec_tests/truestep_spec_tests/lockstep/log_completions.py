@@ -1,22 +1,21 @@
 """Completions: what is compared is every row of the table, letter by letter."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import TrainerCallback
 from truestep_fixtures.training import Attach
 from truestep_reference import LogCompletionsCallback as ReferenceLogCompletionsCallback
 
-from truestep_spec_tests.lockstep import Comparator, Comparisons, Divergence, Look, OnCompared
+from truestep_spec_tests.lockstep import Comparisons, OnCompared, texts
 from truestep_spec_tests.observe import as_text, completions
 
 COUNT = "number of rows"
 """The name under which it is compared how many rows there are."""
 
 
-class CompletionsComparator(Comparator):
+class CompletionsComparator(texts.TextComparator):
     """Compares the table.
 
     Args:
@@ -29,24 +28,11 @@ class CompletionsComparator(Comparator):
 
     subject: TrainerCallback
     reference: ReferenceLogCompletionsCallback
+    count = COUNT
 
-    def __init__(self, on_compared: OnCompared | None = None) -> None:
-        super().__init__(on_compared)
-
-    def looks(self, live: Mapping[str, Tensor], args: Any, state: Any, control: Any, **kwargs: Any) -> Iterator[Look]:
-        expected = as_tensors([as_text(row) for row in self.reference.table])
-        bounds = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in expected.items()}
-        values = {name: value.double() for name, value in expected.items()}
-        yield Look(as_tensors(completions(self.subject, args, state)), values, bounds)
-
-    def followed(self, live: Mapping[str, Tensor], shown: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(live)
-
-    def explained(self, divergence: Divergence, shown: Tensor | None, value: Tensor) -> Divergence:
-        if divergence.parameter == COUNT:
-            return divergence
-        subject = "nothing" if shown is None else _text(shown)
-        return divergence._replace(index=(), subject=subject, reference=_text(value), shown_as="text")
+    def texts(self, args: Any, state: Any) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        expected = [as_text(row) for row in self.reference.table]
+        return as_tensors(completions(self.subject, args, state)), as_tensors(expected)
 
 
 def lockstep(
@@ -74,14 +60,9 @@ def lockstep(
 
 
 def as_tensors(rows: Sequence[str]) -> dict[str, Tensor]:
-    """A table as tensors by name: the bytes of each row, and their number.
+    """A table as tensors by name: each row, and their number.
 
     Args:
         rows: The text of each row.
     """
-    tensors = {f"row {number}": torch.tensor(list(row.encode()), dtype=torch.uint8) for number, row in enumerate(rows)}
-    return tensors | {COUNT: torch.tensor(len(rows))}
-
-
-def _text(tensor: Tensor) -> str:
-    return bytes(tensor.to(torch.uint8).tolist()).decode()
+    return texts.as_tensors({f"row {number}": row for number, row in enumerate(rows)}, COUNT, len(rows))

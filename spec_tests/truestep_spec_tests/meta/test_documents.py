@@ -1,6 +1,7 @@
 """The documents say what is so: their code runs, their commands exist, their links lead somewhere."""
 
 import configparser
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from truestep_fixtures.weave_server import recording_server
 
 DOCUMENTS = ("README.md", "SPEC.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
@@ -28,9 +30,13 @@ def readme(checkout: Path) -> str:
 
 def test_the_readmes_code_runs(readme: str, tmp_path: Path) -> None:
     program = "\n".join(blocks(readme, "python"))  # one after the other, as a reader would
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
+    with recording_server() as server:
+        subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
+        evaluations = server.evaluations()
     assert (tmp_path / "out" / "bema" / "model.safetensors").is_file()
     assert "SyncRefModelCallback" in program
+    if importlib.util.find_spec("weave") is not None:
+        assert [evaluation.attributes["training_step"] for evaluation in evaluations] == [10, 20]
     shown = [words for words in commands(readme) if words[:2] == ["truestep", "completions"]]
     assert len(shown) >= 2
     for words in shown:

@@ -29,7 +29,7 @@ def test_a_package_a_module_and_a_class_lead_to_the_callback(name: str) -> None:
     implementation = Implementation(name)
     assert implementation.BEMACallback is ReferenceBEMACallback
     every = name == "truestep_reference"
-    others = ["SyncRefModelCallback", "LogCompletionsCallback"] if every else []
+    others = ["SyncRefModelCallback", "LogCompletionsCallback", "WeaveCallback"] if every else []
     assert implementation.offered == ["BEMACallback", *others]
 
 

@@ -195,7 +195,7 @@ def rows(setup: Setup, directory: Path, **kwargs: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("prompts", ["mixed", "uneven", "conversations", "two"])
 def test_different_prompts_and_steps_have_different_completions(prompts: str, do_sample: bool, tmp_path: Path) -> None:
-    setup = setup_of(Right, "single", 1, prompts=prompts, steps=4, hyperparameters={"freq": 2})
+    setup = setup_of(Right, "single", 1, prompts=prompts, steps=4, hyperparameters={"freq": 2, "num_prompts": 3})
     found = rows(setup.on(generation={"max_new_tokens": 6, "do_sample": do_sample}), tmp_path)
     assert len({row["prompt"] for row in found}) == len(found) / 2
     assert len({row["completion"] for row in found}) > 0.7 * len(found)

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from truestep_reference import BEMACallback as ReferenceBEMACallback
 from truestep_reference import LogCompletionsCallback as ReferenceLogCompletionsCallback
 from truestep_reference import SyncRefModelCallback as ReferenceSyncRefModelCallback
+from truestep_reference import WeaveCallback as ReferenceWeaveCallback
 
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.meta.specification import constructor
@@ -37,6 +38,11 @@ def ref_sync(request: pytest.FixtureRequest, implementation: Implementation) -> 
 @pytest.fixture(params=["subject", "reference"])
 def log_completions(request: pytest.FixtureRequest, implementation: Implementation) -> type[Any]:
     return implementation.LogCompletionsCallback if request.param == "subject" else ReferenceLogCompletionsCallback
+
+
+@pytest.fixture(params=["subject", "reference"])
+def weave_eval(request: pytest.FixtureRequest, implementation: Implementation) -> type[Any]:
+    return implementation.WeaveCallback if request.param == "subject" else ReferenceWeaveCallback
 
 
 def parameters(callback: type[Any]) -> list[tuple[str, Any]]:
@@ -95,18 +101,24 @@ def test_the_options_of_the_sync_have_the_specified_defaults() -> None:
     }
 
 
-@pytest.mark.clause("LOGC-9")
-def test_completions_take_the_documented_arguments_by_position_or_name_and_others_by_name_only(
-    log_completions: type[Any],
-) -> None:
-    documented = [(parameter.name, parameter.default) for parameter in constructor("LogCompletionsCallback")]
-    assert [name for name, _ in documented] == ["trainer", "generation_config", "num_prompts", "freq"]
-    shown = inspect.signature(log_completions).parameters.values()
+def assert_as_documented(callback: type[Any], name: str) -> None:
+    """The documented arguments, by position or name, and others by name only, with defaults."""
+    documented = [(parameter.name, parameter.default) for parameter in constructor(name)]
+    shown = inspect.signature(callback).parameters.values()
     others = [parameter for parameter in shown if parameter.kind == inspect.Parameter.KEYWORD_ONLY]
     by_position = [parameter for parameter in shown if parameter not in others]
     assert documented == [(parameter.name, parameter.default) for parameter in by_position]
     assert {parameter.kind for parameter in by_position} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
     assert all(parameter.default is not inspect.Parameter.empty for parameter in others)
+
+
+@pytest.mark.clause("LOGC-9")
+def test_completions_take_the_documented_arguments_by_position_or_name_and_others_by_name_only(
+    log_completions: type[Any],
+) -> None:
+    documented = [parameter.name for parameter in constructor("LogCompletionsCallback")]
+    assert documented == ["trainer", "generation_config", "num_prompts", "freq"]
+    assert_as_documented(log_completions, "LogCompletionsCallback")
 
 
 @pytest.mark.clause("LOGC-9")
@@ -117,3 +129,18 @@ def test_completions_are_logged_by_a_trainer_callback(log_completions: type[Any]
 @pytest.mark.clause("LOGC-11")
 def test_there_are_no_further_columns_unless_they_are_asked_for() -> None:
     assert inspect.signature(ReferenceLogCompletionsCallback).parameters["columns"].default == ()
+
+
+@pytest.mark.clause("WEAVE-8")
+def test_evaluations_take_the_documented_arguments_by_position_or_name_and_others_by_name_only(
+    weave_eval: type[Any],
+) -> None:
+    documented = [parameter.name for parameter in constructor("WeaveCallback")]
+    assert documented[:3] == ["trainer", "project_name", "scorers"]
+    assert documented[3:] == ["generation_config", "num_prompts", "dataset_name", "model_name"]
+    assert_as_documented(weave_eval, "WeaveCallback")
+
+
+@pytest.mark.clause("WEAVE-8")
+def test_evaluations_are_logged_by_a_trainer_callback(weave_eval: type[Any]) -> None:
+    assert issubclass(weave_eval, TrainerCallback)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 from truestep_fixtures import data
 from truestep_reference import generation, prompts
-from truestep_reference.log_completions import is_logging, prompt_seed, steps_between
+from truestep_reference.generation import prompt_seed
+from truestep_reference.log_completions import is_logging, steps_between
 
 from truestep_spec_tests.properties.log_completions_cases import (
     CELLS,

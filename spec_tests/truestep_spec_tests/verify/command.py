@@ -1,6 +1,7 @@
 """The command `truestep verify`."""
 
 import argparse
+import importlib.util
 import json
 import shutil
 import sys
@@ -22,6 +23,8 @@ from truestep_spec_tests.verify.display import Display, show
 from truestep_spec_tests.verify.environment import environment
 from truestep_spec_tests.verify.launch import Launcher, launcher
 from truestep_spec_tests.verify.plan import DTYPES, plan
+
+WITHOUT_WEAVE = "WeaveCallback is not verified, as Weave is not installed: pip install weave"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -77,6 +80,10 @@ def _setups(options: argparse.Namespace, ranks: Launcher) -> list[Setup]:
     callbacks = [name for name in implementation.offered if name in (options.callback or CALLBACKS)]
     if not callbacks:
         raise ValueError(f"--callback {' '.join(options.callback)}: {implementation.name} does not have it")
+    if _leaves_out_weave(options):
+        callbacks.remove("WeaveCallback")
+    if not callbacks:
+        raise ValueError(f"--callback WeaveCallback: {WITHOUT_WEAVE}")
     if options.model not in MODELS and not Path(options.model, "config.json").is_file():
         raise ValueError(
             f"--model {options.model}: neither {', '.join(MODELS)} nor a model directory with a config.json"
@@ -101,9 +108,17 @@ def _setups(options: argparse.Namespace, ranks: Launcher) -> list[Setup]:
     if not setups:
         raise ValueError(
             "--topology, --ranks and --dtype: no run has these together; single needs --ranks 1, all others more, and "
-            "LogCompletionsCallback is compared in float64"
+            "LogCompletionsCallback is compared in float64, and so is WeaveCallback, unless --ranks is given in few "
+            "topologies only"
         )
     return setups
+
+
+def _leaves_out_weave(options: argparse.Namespace) -> bool:
+    """Whether evaluations in Weave would be verified, but for Weave, which is not installed."""
+    implementation = Implementation(options.implementation or "truestep")
+    is_asked_for = "WeaveCallback" in implementation.offered and "WeaveCallback" in (options.callback or CALLBACKS)
+    return is_asked_for and options.replay is None and importlib.util.find_spec("weave") is None
 
 
 def _run(setups: Sequence[Setup], ranks: Launcher, options: argparse.Namespace) -> list[Result]:
@@ -139,6 +154,8 @@ def _report(console: Console, results: Sequence[Result], options: argparse.Names
     implementation = Implementation(results[0].setup.implementation)
     console.print(f"implementation: {implementation}")
     show(console, results, found)
+    if _leaves_out_weave(options):
+        console.print(WITHOUT_WEAVE)
     contents: dict[str, Any] = {
         "implementation": str(implementation),
         "environment": found,

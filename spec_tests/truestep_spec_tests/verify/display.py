@@ -15,7 +15,12 @@ from truestep_fixtures.ranks import RankFailure
 from truestep_spec_tests.runs import Setup
 from truestep_spec_tests.verify.check import Result
 
-SHORT = {"BEMACallback": "BEMA", "SyncRefModelCallback": "SYNC", "LogCompletionsCallback": "LOGC"}
+SHORT = {
+    "BEMACallback": "BEMA",
+    "SyncRefModelCallback": "SYNC",
+    "LogCompletionsCallback": "LOGC",
+    "WeaveCallback": "WEAVE",
+}
 """What callbacks are called in the table: as their clauses are in SPEC.md."""
 
 COLOURS = {"equal": "green", "diverges": "red", "differs": "red", "stops early": "red", "crashes": "red"}
@@ -109,7 +114,8 @@ def show(console: Console, results: Sequence[Result], environment: dict[str, str
     console.print(table)
     console.print(
         "error ÷ bound: the largest at any step, against the running rounding-error bound\n"
-        "bitwise: a single process on the same trajectory has the same shadow, reference model or table, bit by bit",
+        "bitwise: a single process on the same trajectory has the same shadow, reference model, table or evaluations, "
+        "bit by bit",
         style="dim",
     )
     console.print(", ".join(f"{name} {value}" for name, value in environment.items()), style="dim", soft_wrap=True)

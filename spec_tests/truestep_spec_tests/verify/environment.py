@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("truestep", "torch", "transformers", "accelerate", "deepspeed", "peft", "safetensors")
+PACKAGES = ("truestep", "torch", "transformers", "accelerate", "deepspeed", "peft", "safetensors", "weave")
 
 
 def environment() -> dict[str, str]:

@@ -8,12 +8,16 @@ from typing import Any
 from truestep_fixtures.data import PROMPTS
 from truestep_fixtures.topologies import TOPOLOGIES
 
+from truestep_spec_tests.lockstep.weave_eval import SCORERS
 from truestep_spec_tests.runs import Setup
 
 RANKS = (2, 3, 4)
 """World sizes of topologies with several ranks. On 3 ranks nothing divides evenly."""
 
 DTYPES = ("float32", "bfloat16", "float64")
+
+WEAVE = (("single", 1), ("ddp", 2), ("zero3", 2), ("fsdp2", 2))
+"""Topologies and world sizes of the runs of evaluations in Weave."""
 
 
 def plan(
@@ -36,9 +40,10 @@ def plan(
         callbacks: Which of its callbacks.
         topologies: Only these; all by default.
         ranks: Only these world sizes, where the engine trains it also in float64. By default every topology runs on 2
-            ranks in float32 and bfloat16, and on 3 and 4 in float32; of BEMA, for which ZeRO-1 and 2 are as DDP, not
-            these two. Completions, which rounding may change in any other type, are compared in float64 alone, and
-            on 3 and 4 ranks not in all topologies.
+            ranks in float32 and bfloat16, and on 3 and 4 in float32, but for persistent parameters; of BEMA, for which
+            ZeRO-1 and 2 are as DDP, not these two either. Completions, which rounding may change in any other type, are
+            compared in float64 alone, and on 3 and 4 ranks not in all topologies; evaluations in Weave, which are made
+            of the same completions, in those of `WEAVE`.
         dtypes: Only these, on every world size.
         model: Name of a built-in model, or a local model directory.
         seed: Seeds everything.
@@ -52,14 +57,19 @@ def plan(
                 continue
             for dtype in _dtypes(callback, topology, size, dtypes, everything=bool(ranks)):
                 setup = Setup(implementation, topology, size, dtype, model, seed, steps, callback=callback)
-                setups.append(setup.on(**_drawn(callback, random.Random(f"{seed}/{len(setups)}"), steps)))
+                draw = random.Random(f"{seed}/{len(setups)}")
+                has_scorers = len(setups) % 2 == 0
+                setups.append(setup.on(**_drawn(callback, draw, steps, has_scorers)))
     return sorted(setups, key=lambda setup: setup.ranks)
 
 
 def _dtypes(callback: str, topology: str, ranks: int, asked: Sequence[str], everything: bool) -> Sequence[str]:
+    if callback == "WeaveCallback":
+        is_left_out = not everything and (topology, ranks) not in WEAVE
+        return [dtype for dtype in asked or DTYPES if dtype == "float64" and not is_left_out]
     if callback == "LogCompletionsCallback":
         # The reference completes prompts token by token on every rank, and under ZeRO-3 each takes a while.
-        left_out = {3: ("zero1", "zero2"), 4: ("zero1", "zero2", "zero3", "zero3_persistent")}
+        left_out = {3: ("zero1", "zero2", "zero3_persistent"), 4: ("zero1", "zero2", "zero3", "zero3_persistent")}
         is_left_out = not everything and topology in left_out.get(ranks, ())
         return [dtype for dtype in asked or DTYPES if dtype == "float64" and not is_left_out]
     if asked:
@@ -70,24 +80,28 @@ def _dtypes(callback: str, topology: str, ranks: int, asked: Sequence[str], ever
         return trained
     if ranks == 2:
         return trained[:2]
-    return () if callback == "BEMACallback" and topology in ("zero1", "zero2") else trained[:1]
+    left_out_of_bema = ("zero1", "zero2") if callback == "BEMACallback" else ()
+    return () if topology in ("zero3_persistent", *left_out_of_bema) else trained[:1]
 
 
-def _drawn(callback: str, draw: random.Random, steps: int) -> dict[str, Any]:
-    """The attributes of a setup that its seed decides."""
+def _drawn(callback: str, draw: random.Random, steps: int, has_scorers: bool) -> dict[str, Any]:
+    """The attributes of a setup that its seed decides; and of evaluations in Weave, whether there are scorers."""
     if callback == "BEMACallback":
         return {"hyperparameters": _hyperparameters(draw, steps)}
-    if callback == "LogCompletionsCallback":
+    if callback in ("LogCompletionsCallback", "WeaveCallback"):
         prompts = draw.choice(list(PROMPTS))
-        return {
-            # Two loggings, or one if there is but one step, of few prompts: the reference takes its time.
-            "hyperparameters": {
-                "num_prompts": draw.choice([1, 2] if prompts == "two" else [2, 3]),
-                "freq": max(1, steps // 2),
-            },
+        # Two loggings, or one if there is but one step, of few prompts: the reference takes its time.
+        num_prompts, freq = draw.choice([1, 2] if prompts == "two" else [2, 3]), max(1, steps // 2)
+        chosen = {
+            "hyperparameters": {"num_prompts": num_prompts, "freq": freq},
             "generation": {"max_new_tokens": draw.choice([2, 3, 4]), "do_sample": draw.choice([False, True])},
             "prompts": prompts,
         }
+        if callback == "WeaveCallback":
+            chosen["hyperparameters"] = {"num_prompts": num_prompts}
+            chosen["training"] = {"eval_strategy": "steps", "eval_steps": freq}
+            chosen["scorers"] = list(SCORERS) if has_scorers else None
+        return chosen
     settings = {
         # At least one sync, however few steps there are.
         "ref_model_sync_steps": min(draw.choice([1, 2, 3]), steps),
