@@ -105,13 +105,15 @@ class Scoring:
         return nullcontext() if self._is_traced or weave is None else weave.tracing_disabled()
 
     def _understood(self, name: str, prompt: str, result: Any) -> Scores:
+        found: Scores = {}
         try:
             if isinstance(result, BaseException):
-                raise result
-            found = dict(_leaves(name, result)) if _is_weave_scorer(self._scorers[name]) else _leaf(name, result)
-            fault = f"it returned {_shown(result)}, no finite number"
-        except BaseException as error:
-            found, fault = {}, f"it raised {_shown(error)}"
+                fault = f"it raised {_shown(result)}"
+            else:
+                found = dict(_leaves(name, result)) if _is_weave_scorer(self._scorers[name]) else _leaf(name, result)
+                fault = f"it returned {_shown(result)}, no finite number"
+        except Exception as error:  # of an object of the user's
+            fault = f"it returned something that raises {_shown(error)}"
         if not found:
             logger.warning("scorer %r gave no score for the prompt %.200r: %s", name, prompt, fault)
         return found
@@ -146,9 +148,8 @@ class _Loop:
     """An event loop in a thread of its own, one for all trainings: clients of services are bound to theirs."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
 
     def run(self, awaitable: Awaitable[Any]) -> Any:
         """Wait for something, in any thread."""
@@ -159,7 +160,8 @@ class _Loop:
             except (SystemExit, KeyboardInterrupt) as error:  # which would end the loop
                 return error
 
-        with self._lock:
+        with _starting:
+            self._loop = self._loop or asyncio.new_event_loop()
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._loop.run_forever, name="truestep-async-scorers", daemon=True
@@ -174,13 +176,16 @@ class _Loop:
 
     def stop(self) -> None:
         """End what runs, and the thread."""
-        if self._thread is None:
+        if self._loop is None or self._thread is None:
             return
         with suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result(timeout=1.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._thread = None
+
+
+_starting = threading.Lock()
 
 
 async def _cancel_others() -> None:
