@@ -210,7 +210,9 @@ def _scores_of(name: str, scorer: Any, prompt: str, completion: str) -> Scores:
         else:
             result = scorer(prompt, completion)
         if inspect.isawaitable(result):
-            result = asyncio.run(_awaited(result))
+            result, error = asyncio.run(_awaited(result))
+            if error is not None:
+                raise error
     number = score(result)
     found = flattened(name, result) if is_weave_scorer else {} if number is None else {name: number}
     if not found:
@@ -218,8 +220,12 @@ def _scores_of(name: str, scorer: Any, prompt: str, completion: str) -> Scores:
     return found
 
 
-async def _awaited(result: Awaitable[Any]) -> Any:
-    return await result
+async def _awaited(result: Awaitable[Any]) -> tuple[Any, BaseException | None]:
+    """What comes of it, or the error: asyncio is not to be left by one that ends programs or that cannot be shown."""
+    try:
+        return await result, None
+    except (Exception, SystemExit) as error:
+        return None, error
 
 
 def _is_weave_scorer(scorer: Any) -> bool:
