@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -170,6 +171,26 @@ def test_what_is_turned_off_logs_nothing_and_says_so_once(
     (warning,) = warnings
     assert "no evaluation is logged" in warning
     assert len(server.requests()) == before
+
+
+@pytest.mark.clause("WEAVE-6")
+def test_an_interruption_ends_the_scorers_that_run(subject: Subject) -> None:
+    waits = threading.Event()
+
+    def interrupted(prompt: str, completion: str) -> int:
+        waits.wait(timeout=1.0)
+        raise KeyboardInterrupt
+
+    async def endless(prompt: str, completion: str) -> int:
+        waits.set()
+        await asyncio.Event().wait()
+        return 1
+
+    with leaving_nothing():
+        trainer, _ = subject.begin(PROMPTS, scorers={"interrupted": interrupted, "endless": endless})
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_at(trainer, 1)
+        trainer.train_end()
 
 
 # ── A process that works for the training ends before it ──────────────────────
