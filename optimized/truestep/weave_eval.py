@@ -104,8 +104,7 @@ class WeaveCallback(TrainerCallback):
         self.num_prompts = num_prompts
         self.timeout = timeout
         self.trace_scores = trace_scores
-        scoring = Scoring({} if scorers is None else scorers, max_workers, is_traced=trace_scores)
-        self._scoring = scoring if scorers else None
+        self._scoring = Scoring({} if scorers is None else scorers, max_workers, is_traced=trace_scores)
         self._observer = Observer(trainer, generation_config, batch_tokens, gather)
         self._generation_config = generation_config
         self._dataset = trainer.eval_dataset
@@ -172,9 +171,8 @@ class WeaveCallback(TrainerCallback):
         self._prompts.clear()
         if self._weave is not None:
             self._weave.close()
-        if self._scoring is not None:
-            self._scoring.end()
         self._weave = None
+        self._scoring.end()
 
     def _evaluate(self, args: TrainingArguments, state: TrainerState, model: nn.Module, evaluated: Evaluated) -> None:
         prompts = self._prompts_of(evaluated)
@@ -199,7 +197,7 @@ class WeaveCallback(TrainerCallback):
             self._log(self._weave, pairs, attributes)
 
     def _log(self, weave: WeaveProcess, pairs: Sequence[tuple[str, str]], attributes: dict[str, Any]) -> None:
-        scored = [({}, True) for _ in pairs] if self._scoring is None else self._scoring.score(pairs)
+        scored = self._scoring.score(pairs)
         try:
             shown = [weave_context.as_the_client_would(*pair) for pair in pairs]
         except Exception as error:  # of functions that the user has given to Weave
@@ -207,29 +205,23 @@ class WeaveCallback(TrainerCallback):
             return
         weave.log(
             {
-                "name": f"{attributes['dataset_name']} at step {attributes['training_step']}",
-                "model": attributes["model_name"],
-                "dataset": attributes["dataset_name"],
                 "attributes": attributes,
-                "scorers": None if self._scoring is None else self._scoring.names,
+                "scorers": self._scoring.names or None,
                 "trace_scores": self.trace_scores,
-                "prompts": [inputs.get("prompt") for inputs, _ in shown],
                 "predictions": [
                     (inputs, output, scores) for (inputs, output), (scores, _) in zip(shown, scored, strict=True)
                 ],
-                "summary": None if self._scoring is None else summarize(scored),
+                "summary": summarize(scored) if self._scoring.names else None,
                 "run": weave_context.active_run(),
             }
         )
 
     def _prompts_of(self, evaluated: Evaluated) -> list[Prompt]:
         """The prompts of a dataset; none, with a warning, if it is not the trainer's and has none."""
-        is_known = evaluated.is_own and self.trainer.eval_dataset is self._dataset
-        if is_known and evaluated.key in self._prompts:
-            return self._prompts[evaluated.key]
-        if is_known:
-            rows = [row for row in self._rows if evaluated.key is None or row.cells[DATASET] == evaluated.key]
-            self._prompts[evaluated.key] = self._observer.encode(rows)
+        if evaluated.is_own and self.trainer.eval_dataset is self._dataset:
+            if evaluated.key not in self._prompts:
+                rows = [row for row in self._rows if evaluated.key is None or row.cells[DATASET] == evaluated.key]
+                self._prompts[evaluated.key] = self._observer.encode(rows)
             return self._prompts[evaluated.key]
         name = f"the dataset of {evaluated.prefix!r}"
         rows_or_fault = from_main_process(_attempt(evaluated.dataset, self.num_prompts, name) if rank() == 0 else [])

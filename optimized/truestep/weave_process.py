@@ -160,13 +160,11 @@ def _serve(jobs: "queue.Queue[Job | None]", outlook: _Outlook, greeting: Job, ti
 
 
 def _warn_of_loss(job: Job, reason: object) -> None:
-    attributes = job["attributes"]
-    logger.warning(
-        "Weave: the evaluation of %r at step %d is lost: %s",
-        attributes["dataset_name"],
-        attributes["training_step"],
-        reason,
-    )
+    logger.warning("Weave: the evaluation %s is lost: %s", _named(job), reason)
+
+
+def _named(job: Job) -> str:
+    return "of {dataset_name!r} at step {training_step}".format_map(job["attributes"])
 
 
 class _WorkerError(RuntimeError):
@@ -229,7 +227,7 @@ class _Worker:
             _WorkerError: That did not work out.
         """
         answer = self._ask(job, "log", self._timeout)
-        logger.info("Weave: the evaluation %r is at %s", job["name"], answer["url"])
+        logger.info("Weave: the evaluation %s is at %s", _named(job), answer["url"])
 
     def end(self) -> None:
         """Have the process end, which has nothing left to do."""

@@ -4,7 +4,7 @@
 reads or writes is JSON. What it reads:
 
     {"project": …, "sys_path": …, "settings": …, "attributes": …}        first
-    {"name": …, "model": …, "dataset": …, "predictions": …, …}           an evaluation; see `log`
+    {"attributes": …, "predictions": …, "summary": …, …}                 an evaluation; see `log`
     null                                                                 the end
 
 It answers `{"did": …}` for "import", "init" and, after each evaluation, "log", then also with its `url`, and with any
@@ -100,9 +100,8 @@ async def log(
 
     Args:
         weave: The module.
-        evaluation: `name`, `model` and `dataset` (names), `attributes`, `scorers` (names, or None), `trace_scores`,
-            `prompts` (the rows of the dataset), `predictions` (lists of inputs, output and scores) and `summary` (or
-            None).
+        evaluation: `attributes`, `scorers` (names, or None), `trace_scores`, `predictions` (lists of inputs, output and
+            scores) and `summary` (or None).
         objects: The dataset and the scorers that were logged before.
         sent: Waits until everything has been sent, and raises what went wrong.
         sign: Says that it goes on.
@@ -110,17 +109,17 @@ async def log(
     Returns:
         Where the evaluation can be seen.
     """
-    content = evaluation["dataset"], evaluation["prompts"]
+    about = evaluation["attributes"]
+    content = about["dataset_name"], [{"prompt": inputs.get("prompt")} for inputs, _, _ in evaluation["predictions"]]
     if objects.get("content") != content:
-        rows = [{"prompt": prompt} for prompt in evaluation["prompts"]]
-        objects["dataset"] = weave.Dataset(name=accepted("dataset", evaluation["dataset"]), rows=weave.Table(rows))
-        objects["content"] = content
+        name, rows = objects["content"] = content
+        objects["dataset"] = weave.Dataset(name=accepted("dataset", name), rows=weave.Table(rows))
     ev = weave.EvaluationLogger(
-        name=evaluation["name"],
+        name=f"{about['dataset_name']} at step {about['training_step']}",
         # A text would become the name of a class, without most special characters.
-        model={"name": accepted("model", evaluation["model"])},
+        model={"name": accepted("model", about["model_name"])},
         dataset=objects["dataset"],
-        eval_attributes=evaluation["attributes"],
+        eval_attributes=about,
         scorers=evaluation["scorers"],
         trace_scores=evaluation["trace_scores"],
     )

@@ -44,6 +44,12 @@ def require(implementation: Implementation, *methods: str) -> None:
         pytest.skip(f"BEMACallback of {implementation} has no {', '.join(missing)}")
 
 
+def skip_the_reference(implementation: Implementation, reason: str) -> None:
+    """Skips the test if the reference is its own subject."""
+    if implementation.callback(implementation.offered[0]).__module__.startswith("truestep_reference"):
+        pytest.skip(f"the reference {reason}")
+
+
 @contextmanager
 def logged_warnings() -> Iterator[list[str]]:
     """Collects the messages of level WARNING that reach the root logger within a `with` block."""

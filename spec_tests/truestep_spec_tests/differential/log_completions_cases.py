@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 
@@ -60,12 +59,6 @@ def variants(implementation: Implementation, setup: Setup) -> list[Setup]:
 def small_batches(implementation: Implementation) -> dict[str, int]:
     """Hyperparameters with which few prompts are several batches, if the implementation has such."""
     return {"batch_tokens": 40} if offers(implementation, "batch_tokens") else {}
-
-
-def skip_the_reference(implementation: Implementation, reason: str) -> None:
-    """Skips the test if the reference is its own subject."""
-    if implementation.LogCompletionsCallback.__module__.startswith("truestep_reference"):
-        pytest.skip(f"the reference {reason}")
 
 
 def train_completing(setup: Setup, directory: Path) -> dict[str, Any]:

@@ -34,9 +34,3 @@ def require_option(implementation: Implementation, option: str) -> None:
     """Skips the test if the constructor lacks an option that TRL's documentation does not have."""
     if not offers(implementation, option):
         pytest.skip(f"SyncRefModelCallback of {implementation} has no option {option}")
-
-
-def skip_the_reference(implementation: Implementation, reason: str) -> None:
-    """Skips the test if the reference is its own subject."""
-    if implementation.SyncRefModelCallback.__module__.startswith("truestep_reference"):
-        pytest.skip(f"the reference {reason}")

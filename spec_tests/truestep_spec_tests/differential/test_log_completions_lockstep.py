@@ -9,12 +9,11 @@ from torch import Tensor
 from truestep_fixtures import data
 from truestep_fixtures.ranks import RankPool
 
-from truestep_spec_tests.differential.cases import SHARDED, assert_in_lockstep, placements
+from truestep_spec_tests.differential.cases import SHARDED, assert_in_lockstep, placements, skip_the_reference
 from truestep_spec_tests.differential.log_completions_cases import (
     SAMPLING,
     completing,
     prompts_read,
-    skip_the_reference,
     small_batches,
     variants,
 )

@@ -19,8 +19,8 @@ from truestep_fixtures import data, models, trackers
 from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.training import train
 
-from truestep_spec_tests.differential.cases import full_disk, logged_warnings
-from truestep_spec_tests.differential.log_completions_cases import completing, skip_the_reference
+from truestep_spec_tests.differential.cases import full_disk, logged_warnings, skip_the_reference
+from truestep_spec_tests.differential.log_completions_cases import completing
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.runs import Setup, Walk
 

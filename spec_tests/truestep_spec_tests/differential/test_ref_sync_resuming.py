@@ -13,8 +13,8 @@ from torch import Tensor
 from truestep_fixtures.ranks import RankFailure, RankPool
 from truestep_fixtures.training import train
 
-from truestep_spec_tests.differential.cases import Death, error_of, full_disk, logged_warnings
-from truestep_spec_tests.differential.ref_sync_cases import require_option, skip_the_reference, syncing
+from truestep_spec_tests.differential.cases import Death, error_of, full_disk, logged_warnings, skip_the_reference
+from truestep_spec_tests.differential.ref_sync_cases import require_option, syncing
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.runs import Setup, Walk, same_bits, walked
 

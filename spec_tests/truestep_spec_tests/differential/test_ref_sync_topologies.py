@@ -16,8 +16,8 @@ from truestep_fixtures.events import Events
 from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.topologies import Placed
 
-from truestep_spec_tests.differential.cases import DTYPES, error_of, placements
-from truestep_spec_tests.differential.ref_sync_cases import require_option, skip_the_reference, syncing
+from truestep_spec_tests.differential.cases import DTYPES, error_of, placements, skip_the_reference
+from truestep_spec_tests.differential.ref_sync_cases import require_option, syncing
 from truestep_spec_tests.differential.traffic import Message, Tapped, largest_allocation
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep import Comparisons

@@ -19,12 +19,11 @@ from truestep_fixtures import topologies
 from truestep_fixtures.ranks import RankFailure, RankPool
 from truestep_fixtures.weave_server import Fault, RecordingServer, recording_server
 
-from truestep_spec_tests.differential.cases import logged_warnings
+from truestep_spec_tests.differential.cases import logged_warnings, skip_the_reference
 from truestep_spec_tests.differential.weave_eval_cases import (
     evaluating,
     is_alive,
     leaving_nothing,
-    skip_the_reference,
     with_server,
 )
 from truestep_spec_tests.implementation import Implementation

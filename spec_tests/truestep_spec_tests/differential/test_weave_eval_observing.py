@@ -8,12 +8,12 @@ import pytest
 from truestep_fixtures import data
 from truestep_fixtures.ranks import RankPool
 
+from truestep_spec_tests.differential.cases import skip_the_reference
 from truestep_spec_tests.differential.observing import assert_same_states, state_after_training
 from truestep_spec_tests.differential.weave_eval_cases import (
     DRAWING,
     Watched,
     evaluating,
-    skip_the_reference,
     train_watched,
 )
 from truestep_spec_tests.implementation import Implementation

@@ -14,8 +14,8 @@ from truestep_fixtures import topologies, trackers
 from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.weave_server import forget_client, recording_server
 
-from truestep_spec_tests.differential.cases import error_of, logged_warnings
-from truestep_spec_tests.differential.weave_eval_cases import evaluating, skip_the_reference
+from truestep_spec_tests.differential.cases import error_of, logged_warnings, skip_the_reference
+from truestep_spec_tests.differential.weave_eval_cases import evaluating
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.properties.weave_eval_cases import Seen, Subject, evaluate_at, seen
 from truestep_spec_tests.runs import Setup, Walk

@@ -11,14 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
-import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 from truestep_fixtures.weave_server import RecordingServer
 
 from truestep_spec_tests.differential.log_completions_cases import SAMPLING
 from truestep_spec_tests.differential.observing import state_after_training
-from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep.weave_eval import PROJECT, served
 from truestep_spec_tests.properties.weave_eval_cases import Seen, seen, wait_until
 from truestep_spec_tests.runs import Setup
@@ -43,12 +41,6 @@ def evaluating(implementation: str, topology: str = "single", ranks: int = 1, **
         callback=CALLBACK,
         **{"steps": 4, "generation": SAMPLING, "hyperparameters": {}, "training": training} | changes,
     )
-
-
-def skip_the_reference(implementation: Implementation, reason: str) -> None:
-    """Skips the test if the reference is its own subject."""
-    if implementation.WeaveCallback.__module__.startswith("truestep_reference"):
-        pytest.skip(f"the reference {reason}")
 
 
 class Evaluating(TrainerCallback):

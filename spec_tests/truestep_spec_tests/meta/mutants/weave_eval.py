@@ -32,8 +32,8 @@ MUTANTS = (
         "model_name_made_a_class",
         "WEAVE-3",
         "weave_worker.py",
-        'model={"name": accepted("model", evaluation["model"])},',
-        'model=evaluation["model"],',
+        'model={"name": accepted("model", about["model_name"])},',
+        'model=about["model_name"],',
         checks.logs_scores_like_the_reference,
     ),
     Mutant(
