@@ -152,6 +152,21 @@ def test_scores_are_the_same_when_scorers_are_called_one_by_one(
     assert_evaluation_is_of(results, evaluation, warnings_in(caplog))
 
 
+@pytest.mark.clause("WEAVE-5")
+@pytest.mark.parametrize(
+    ("scores", "mean"),
+    [((0.1, 0.2, 0.3), 0.2), ((1e16, 1.0, -1e16), 1 / 3), ((1e308, 1e308, 1e308), 1e308)],
+    ids=["rounded at additions", "cancelling", "overflowing in between"],
+)
+def test_a_mean_is_rounded_once(at_once: Scored, scores: tuple[float, ...], mean: float) -> None:
+    results = {
+        (prompt, name): Outcome(one, one) for prompt, one in zip(PROMPTS, scores, strict=True) for name in SCORERS
+    }
+    summary = at_once.evaluate(results).summary
+    assert summary is not None
+    assert {f"avg_{name}": mean for name in SCORERS}.items() <= summary.items()
+
+
 @pytest.mark.clause("WEAVE-4")
 def test_every_kind_of_number_and_of_something_else_is_taken_for_what_it_is(
     at_once: Scored, caplog: pytest.LogCaptureFixture
