@@ -29,8 +29,10 @@ def placements(*counts: int, topologies: tuple[str, ...] = TOPOLOGIES) -> list[t
     return [("single", 1)] * ("single" in topologies) + distributed
 
 
-PLACEMENTS = [*placements(2), *placements(3, topologies=SHARDED)]
-"""Every topology at 2 ranks, and at 3, where nothing divides evenly, those that shard."""
+_WHOLE = tuple(topology for topology in TOPOLOGIES if topology not in SHARDED)
+
+PLACEMENTS = [*placements(2, topologies=_WHOLE), *placements(3, topologies=SHARDED)]
+"""Every topology once: at 2 ranks, and those that shard at 3, where nothing divides evenly."""
 
 
 def require(implementation: Implementation, *methods: str) -> None:

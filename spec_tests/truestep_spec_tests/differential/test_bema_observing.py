@@ -16,6 +16,7 @@ from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.runs import Setup
 
 Ranks = Callable[[int], RankPool]
+States = list[dict[str, Any]]
 
 
 # ── What the ranks do ─────────────────────────────────────────────────────────
@@ -43,8 +44,22 @@ def train_observed(setup: Setup, directory: Path, *, read: bool = False) -> dict
 # ── Tests ─────────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture(scope="module")
+def alone(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Setup], States]:
+    """What a training without a callback leaves on each rank, trained once for each setup."""
+    known: dict[str, States] = {}
+
+    def states(setup: Setup) -> States:
+        key = str(setup.on(hyperparameters={}))
+        if key not in known:
+            known[key] = ranks(setup.ranks).run(state_after_training, setup, tmp_path_factory.mktemp("alone"))
+        return known[key]
+
+    return states
+
+
 TRAININGS = [
-    *((topology, count, "gpt2", "float32") for topology, count in placements(2)),
+    *((topology, count, "gpt2", "float32") for topology, count in placements(2) if topology != "zero3"),
     ("zero2", 2, "gpt2", "bfloat16"),
     ("zero3", 2, "gpt2", "bfloat16"),
     ("ddp", 2, "batchnorm", "float32"),
@@ -57,6 +72,7 @@ TRAININGS = [
 def test_a_training_with_the_callback_ends_bitwise_like_one_without(
     implementation: Implementation,
     ranks: Ranks,
+    alone: Callable[[Setup], States],
     tmp_path: Path,
     topology: str,
     count: int,
@@ -65,8 +81,8 @@ def test_a_training_with_the_callback_ends_bitwise_like_one_without(
 ) -> None:
     arguments = {"update_freq": 1, "update_after": 1}
     setup = Setup(implementation.name, topology, count, dtype, model, steps=5, hyperparameters=arguments)
-    without = ranks(count).run(state_after_training, setup, tmp_path / "without", [])
-    observed = ranks(count).run(train_observed, setup, tmp_path / "with")
+    without = alone(setup)
+    observed = ranks(count).run(train_observed, setup, tmp_path)
     assert all(state["optimizer"] for state in without)
     assert_same_states(without, observed)
 
@@ -74,10 +90,14 @@ def test_a_training_with_the_callback_ends_bitwise_like_one_without(
 @pytest.mark.clause("BEMA-13", "BEMA-16", "BEMA-17")
 @pytest.mark.parametrize(("topology", "count"), placements(2))
 def test_reading_the_shadow_and_evaluating_with_it_at_each_step_changes_nothing(
-    implementation: Implementation, ranks: Ranks, tmp_path: Path, topology: str, count: int
+    implementation: Implementation,
+    ranks: Ranks,
+    alone: Callable[[Setup], States],
+    tmp_path: Path,
+    topology: str,
+    count: int,
 ) -> None:
     require(implementation, "shadow_state_dict", "shadow_weights")
-    setup = Setup(implementation.name, topology, count, model="gpt2", steps=4, hyperparameters={"update_freq": 1})
-    without = ranks(count).run(state_after_training, setup, tmp_path / "without", [])
-    read = ranks(count).run(train_observed, setup, tmp_path / "with", read=True)
-    assert_same_states(without, read)
+    setup = Setup(implementation.name, topology, count, model="gpt2", steps=5, hyperparameters={"update_freq": 1})
+    read = ranks(count).run(train_observed, setup, tmp_path, read=True)
+    assert_same_states(alone(setup), read)

@@ -4,6 +4,7 @@ import gc
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
 from truestep_fixtures import topologies
 from truestep_fixtures.events import Events
 from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.topologies import Placed
 
-from truestep_spec_tests.differential.cases import DTYPES, PLACEMENTS, placements, require
+from truestep_spec_tests.differential.cases import DTYPES, SHARDED, placements, require
 from truestep_spec_tests.differential.traffic import Message, Tapped, messages_of
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep import Comparisons
@@ -139,11 +141,18 @@ class Unusual(nn.Module):
         self.in_bfloat16 = nn.Parameter(torch.randn(3, 13, generator=generator).bfloat16())
 
 
-def walk_large(setup: Setup, directory: Path, threads: int) -> tuple[Comparisons, dict[str, Tensor]]:
+def walk_large_in_lockstep(setup: Setup, directory: Path) -> tuple[Comparisons, dict[str, Tensor]]:
+    return walk_in_lockstep(setup, directory, topologies.place(Large(), setup.topology, setup.torch_dtype))
+
+
+def walk_large(setup: Setup, directory: Path, threads: int) -> dict[str, Tensor]:
+    """The last shadow, computed by so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return walk_in_lockstep(setup, directory, topologies.place(Large(), setup.topology, setup.torch_dtype))
+        subject = setup.subject()
+        placed = topologies.place(Large(), setup.topology, setup.torch_dtype)
+        return walk_and_swap(setup, directory, subject, [subject], placed)
     finally:
         torch.set_num_threads(before)
 
@@ -158,17 +167,25 @@ def walk_in_lockstep(setup: Setup, directory: Path, placed: Placed) -> tuple[Com
     """How subject and reference compare, and the last shadow, after it was swapped in and out once."""
     subject = setup.subject()
     callbacks, comparisons = lockstep(subject, setup.reference(), directory / "reference")
+    return comparisons, walk_and_swap(setup, directory, subject, callbacks, placed)
+
+
+def walk_and_swap(
+    setup: Setup, directory: Path, subject: Any, callbacks: list[TrainerCallback], placed: Placed
+) -> dict[str, Tensor]:
+    """The last shadow of one of the callbacks, after it was swapped in and out once."""
     walk = Walk(setup, directory, callbacks, placed=placed)
     walk.begin()
     walk.go_to(setup.steps)
-    shadow, live = subject.shadow_state_dict(), placed.read()
+    shadow: dict[str, Tensor] = subject.shadow_state_dict()
+    live = placed.read()
     with subject.shadow_weights(placed.model):
         within = placed.read()
     after = placed.read()
     for name, value in live.items():
         assert same_bits(shadow[name], within[name]), name
         assert same_bits(value, after[name]), name
-    return comparisons, shadow
+    return shadow
 
 
 def tensors_in_memory() -> dict[int, Tensor]:
@@ -229,7 +246,7 @@ def in_one_process(
 
 @pytest.mark.clause("BEMA-12", "BEMA-18")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("topology", "count"), [placement for placement in PLACEMENTS if placement[1] > 1])
+@pytest.mark.parametrize(("topology", "count"), [*placements(2)[1:], *placements(3, topologies=SHARDED)])
 def test_the_shadow_of_a_trajectory_has_the_same_bits_as_in_one_process(
     implementation: Implementation,
     ranks: Ranks,
@@ -266,11 +283,10 @@ def test_neither_size_nor_threads_nor_topology_change_a_bit_of_a_large_parameter
 ) -> None:
     require(implementation, "shadow_state_dict", "shadow_weights")
     setup = Setup(implementation.name, dtype=dtype, steps=1, hyperparameters={"update_freq": 1})
-    ((_, expected),) = ranks(1).run(walk_large, setup, tmp_path, threads=1)
+    ((comparisons, expected),) = ranks(1).run(walk_large_in_lockstep, setup, tmp_path)
+    assert comparisons.divergence is None, str(comparisons.divergence)
     for topology, count, threads in (("single", 1, 3), ("ddp", 2, 1), ("zero3", 3, 2)):
-        outcomes = ranks(count).run(walk_large, setup.on(topology=topology), tmp_path, threads=threads)
-        for comparisons, actual in outcomes:
-            assert comparisons.divergence is None, str(comparisons.divergence)
+        for actual in ranks(count).run(walk_large, setup.on(topology=topology), tmp_path, threads):
             assert same_bits(expected["matrix"], actual["matrix"])
 
 

@@ -43,7 +43,7 @@ def tables(ranks: Ranks, setup: Setup, directory: Path) -> Shown:
 GREEDY = {"max_new_tokens": 4}
 
 TRAININGS = [
-    *((topology, count, GREEDY) for topology, count in placements(2)),
+    *((topology, count, GREEDY) for topology, count in placements(2) if topology not in ("zero3", "fsdp2")),
     *((topology, count, SAMPLING) for topology, count in placements(3, topologies=("single", "ddp", "zero3", "fsdp2"))),
 ]
 
@@ -59,8 +59,10 @@ def test_rows_of_a_training_are_the_references(
 
 
 @pytest.mark.clause("LOGC-2", "LOGC-4")
-@pytest.mark.parametrize("prompts", ["uneven", "conversations", "two"])
-@pytest.mark.parametrize(("topology", "count"), [("ddp", 2), ("fsdp2", 3)])
+@pytest.mark.parametrize(
+    ("topology", "count", "prompts"),
+    [("ddp", 2, "uneven"), ("ddp", 2, "conversations"), ("ddp", 2, "two"), ("fsdp2", 3, "uneven")],
+)
 def test_rows_of_all_kinds_of_prompts_are_the_references_on_several_ranks(
     implementation: Implementation, ranks: Ranks, tmp_path: Path, topology: str, count: int, prompts: str
 ) -> None:

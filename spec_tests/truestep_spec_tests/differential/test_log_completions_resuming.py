@@ -155,6 +155,14 @@ def test_a_killed_training_that_is_resumed_has_the_rows_of_one_that_was_not(
         assert file.stem in tables
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(implementation: Implementation, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """The rows of a walk in one process."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    ranks(1).run(walked, table_of(implementation), directory)
+    return rows_of(directory)
+
+
 @pytest.mark.clause("LOGC-8")
 @pytest.mark.parametrize("saved", [1, 2, 3], ids=["nothing logged", "at a logging step", "between"])
 @pytest.mark.parametrize(
@@ -167,19 +175,22 @@ def test_a_killed_training_that_is_resumed_has_the_rows_of_one_that_was_not(
     ids=lambda placements: "-".join(f"{topology}{count}" for topology, count in placements),
 )
 def test_the_table_goes_on_on_other_ranks_and_in_other_topologies(
-    implementation: Implementation, ranks: Ranks, tmp_path: Path, placements: list[tuple[str, int]], saved: int
+    implementation: Implementation,
+    ranks: Ranks,
+    uninterrupted: Rows,
+    tmp_path: Path,
+    placements: list[tuple[str, int]],
+    saved: int,
 ) -> None:
     setup = table_of(implementation)
     first, second, third = [setup.on(topology=topology, ranks=count) for topology, count in placements]
-    ranks(1).run(walked, setup, tmp_path / "whole")
-    out = tmp_path / "out"
-    ranks(first.ranks).run(walked, first, out, 0, saved, save=True)
-    ranks(first.ranks).run(walked, first, out, saved, 5)  # ends without a word
-    ranks(second.ranks).run(walked, second, out, saved, 6, save=True)
-    ranks(third.ranks).run(walked, third, out, saved, 4)  # from the older checkpoint again
-    ranks(third.ranks).run(walked, third, out, saved)
-    assert steps_of(rows_of(out)) == [2, 4, 6]
-    assert rows_of(tmp_path / "whole") == rows_of(out)
+    ranks(first.ranks).run(walked, first, tmp_path, 0, saved, save=True)
+    ranks(first.ranks).run(walked, first, tmp_path, saved, 5)  # ends without a word
+    ranks(second.ranks).run(walked, second, tmp_path, saved, 6, save=True)
+    ranks(third.ranks).run(walked, third, tmp_path, saved, 4)  # from the older checkpoint again
+    ranks(third.ranks).run(walked, third, tmp_path, saved)
+    assert steps_of(uninterrupted) == [2, 4, 6]
+    assert uninterrupted == rows_of(tmp_path)
 
 
 TORN = {

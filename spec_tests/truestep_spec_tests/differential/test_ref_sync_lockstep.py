@@ -67,10 +67,10 @@ def trainings() -> list[Any]:
     """Every topology with some of the models; numbers of ranks, dtypes and settings are dealt out."""
     cases = []
     for row, topology in enumerate(TOPOLOGIES):
-        counts = [1] if topology == "single" else [2, 3, 4]
+        counts = [1] if topology == "single" else [2, 3]
         for column in range(2):
             model = MODELS[(2 * row + column) % len(MODELS)]
-            count, alpha = counts[(row + column) % len(counts)], (0.05, 0.6, 1.0)[(row + 2 * column) % 3]
+            count, alpha = counts[(row // 2 + column) % len(counts)], (0.05, 0.6, 1.0)[(row + 2 * column) % 3]
             dtype = ("float32", "bfloat16")[(row + column) % 2]
             accumulated = 1 + (column == 1)
             name = f"{topology}-{count}-{model}-{dtype}-{alpha}"

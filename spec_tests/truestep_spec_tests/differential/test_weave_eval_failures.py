@@ -5,27 +5,23 @@ import contextlib
 import importlib.util
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import pytest
 import wandb
 from truestep_fixtures import topologies
 from truestep_fixtures.ranks import RankFailure, RankPool
+from truestep_fixtures.terminal import Terminal
 from truestep_fixtures.weave_server import Fault, RecordingServer, recording_server
 
 from truestep_spec_tests.differential.cases import logged_warnings, skip_the_reference
-from truestep_spec_tests.differential.weave_eval_cases import (
-    evaluating,
-    is_alive,
-    leaving_nothing,
-    with_server,
-)
+from truestep_spec_tests.differential.weave_eval_cases import evaluating, is_alive, leaving_nothing
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.properties.weave_eval_cases import Subject, evaluate_at, seen, wait_for, wait_until
 from truestep_spec_tests.runs import Setup, Walk
@@ -161,6 +157,7 @@ def test_what_is_turned_off_logs_nothing_and_says_so_once(
         if project is not None:
             monkeypatch.setenv("WEAVE_DISABLED", "true")
         else:
+            stack.callback(wandb.finish)  # a disabled run stays the process's run at the end of its block
             stack.enter_context(wandb.init(mode="disabled", project="turned off"))
         before = len(server.requests())
         with leaving_nothing(), logged_warnings() as warnings:
@@ -230,30 +227,25 @@ def kill(processes: set[int]) -> None:
 
 # ── The training ends before its time ─────────────────────────────────────────
 
-RAISING = """
-import sys
-from truestep_fixtures import topologies
-from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.properties.weave_eval_cases import Subject, evaluate_at
 
-args = topologies.training_arguments("single", sys.argv[2], max_steps=20)
-subject = Subject(Implementation(sys.argv[1]), args, None)
-trainer, _ = subject.begin(("The quick", "Zwölf"), "team/raising", scorers={"is": lambda prompt, completion: 1})
-for step in (1, 2, 3):
-    evaluate_at(trainer, step)
-raise RuntimeError("the training has had enough")
-"""
+def train_and_raise(implementation: str, directory: Path) -> NoReturn:
+    args = topologies.training_arguments("single", directory, max_steps=20)
+    subject = Subject(Implementation(implementation), args, None)
+    trainer, _ = subject.begin(PROMPTS, "team/raising", scorers={"length": length})
+    for step in (1, 2, 3):
+        evaluate_at(trainer, step)
+    raise RuntimeError("the training has had enough")
 
 
 @pytest.mark.clause("WEAVE-6")
 def test_what_a_training_that_raises_has_logged_arrives_by_the_end_of_its_process(
     subject: Subject, server: RecordingServer, tmp_path: Path
 ) -> None:
-    with leaving_nothing():
-        command = [sys.executable, "-c", RAISING, subject.implementation.name, str(tmp_path)]
-        ended = subprocess.run(command, env=with_server(server), capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 1
-    assert "has had enough" in ended.stderr
+    errors = tmp_path / "stderr"
+    with Terminal() as terminal, leaving_nothing():
+        program = terminal.start(train_and_raise, subject.implementation.name, tmp_path, stderr=errors)
+        assert program.wait(120) == 1
+    assert "has had enough" in errors.read_text(encoding="utf-8")
     found = [one for one in server.evaluations() if one.project == "team/raising"]
     assert [one.attributes["training_step"] for one in found] == [1, 2, 3]
     assert [(one.is_finished, len(one.predictions)) for one in found] == [(True, 2)] * 3

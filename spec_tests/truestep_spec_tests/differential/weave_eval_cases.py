@@ -1,10 +1,9 @@
 """The runs that the differential tests of evaluations in Weave have in common, and what ranks do in them."""
 
 import asyncio
-import os
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,6 @@ import numpy as np
 import psutil
 import torch
 from transformers import Trainer, TrainerCallback
-from truestep_fixtures.weave_server import RecordingServer
 
 from truestep_spec_tests.differential.log_completions_cases import SAMPLING
 from truestep_spec_tests.differential.observing import state_after_training
@@ -150,10 +148,3 @@ def is_alive(process: int) -> bool:
         return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def with_server(server: RecordingServer) -> Mapping[str, str]:
-    """The environment of a process of its own that uses a server and imports what this one does."""
-    import sys
-
-    return os.environ | server.environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

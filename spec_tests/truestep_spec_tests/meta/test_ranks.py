@@ -262,8 +262,10 @@ def test_closing_a_pool_ends_its_ranks(tmp_path: Path) -> None:
 def test_ranks_end_when_the_process_that_started_them_is_killed(tmp_path: Path) -> None:
     script = (
         "import pathlib, sys\n"
+        "from truestep_fixtures import forking\n"
         "from truestep_fixtures.ranks import RankPool\n"
         f"from {__name__} import hold_locks_for_ever\n"
+        "forking._PRELOADED = ['truestep_fixtures._rank_worker']\n"
         "RankPool(2).run(hold_locks_for_ever, pathlib.Path(sys.argv[1]))\n"
     )
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -1,33 +1,32 @@
 """`truestep verify` as its users run it: its exit status, what it prints and what it leaves.
 
-Where a process of its own would add nothing, `main` is called in this one: the command starts its ranks as processes
-in either case.
+Where a process of its own would add nothing, it runs in this one: the command starts its ranks as processes in either
+case.
 """
 
-import json
 import math
-import os
 import re
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from truestep_fixtures import models
+from truestep_fixtures.ranks import free_port
+from truestep_fixtures.terminal import Terminal
 from truestep_reference import BEMACallback as ReferenceBEMACallback
 from truestep_reference import LogCompletionsCallback as ReferenceLogCompletionsCallback
 
 from truestep_spec_tests.meta.mutants import MUTANTS
 from truestep_spec_tests.meta.mutants.patch import copy_package
+from truestep_spec_tests.meta.verify_cases import QUICK, assert_one_of_two_ranks_reports, report, rows
 from truestep_spec_tests.verify.command import main
 from truestep_spec_tests.verify.plan import plan
-
-QUICK = "--callback BEMACallback --dtype float32 --steps 4 --output out"
 
 # Of arguments: the exit status and what is printed.
 Verify = Callable[[str], tuple[int, str]]
@@ -39,50 +38,19 @@ ROUNDS_DIFFERENTLY = _BY_NAME["last_elements_of_a_range_rounded_differently"]
 
 @pytest.fixture
 def verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Verify:
-    """Runs the command in this process, in a directory that packages can be imported from."""
+    """Runs `python -m truestep verify` in this process, in a directory that packages can be imported from."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
 
     def run(arguments: str) -> tuple[int, str]:
-        status = main(arguments.split())
-        return status, capfd.readouterr().out
+        monkeypatch.setattr(sys, "argv", ["truestep", "verify", *arguments.split()])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("truestep", run_name="__main__")
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, capfd.readouterr().out
 
     return run
-
-
-def run(command: str, directory: Path) -> tuple[int, str]:
-    """Runs a command in a process of its own, in such a directory."""
-    variables = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")])),
-        "CUDA_VISIBLE_DEVICES": "",
-        "COLUMNS": "120",
-        "OMP_NUM_THREADS": "1",
-    }
-    process = subprocess.run(
-        [sys.executable, *command.split()],
-        cwd=directory,
-        env=variables,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    return process.returncode, process.stdout
-
-
-def report(directory: Path) -> dict[str, Any]:
-    """The report, which any reader of JSON has to understand: Python's own writes and reads `NaN` besides."""
-    text = (directory / "out" / "report.json").read_text(encoding="utf-8")
-    contents: dict[str, Any] = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
-    return contents
-
-
-def rows(printed: str) -> list[list[str]]:
-    """The cells of the table's rows."""
-    return [
-        line.split() for line in printed.splitlines() if line.split()[:1] in (["BEMA"], ["SYNC"], ["LOGC"], ["WEAVE"])
-    ]
 
 
 @pytest.mark.parametrize(("callback", "short"), [("BEMACallback", "BEMA"), ("SyncRefModelCallback", "SYNC")])
@@ -142,7 +110,7 @@ def test_a_row_that_diverges_is_printed_and_can_be_replayed(verify: Verify, tmp_
 def test_a_divergence_exits_with_1_and_can_be_replayed(verify: Verify, tmp_path: Path) -> None:
     copy_package(tmp_path, "package_of_mine", WRONG)
     arguments = f"--topology single --seed 1 {QUICK}"
-    status, printed = run(f"-m truestep verify --implementation package_of_mine {arguments}", tmp_path)
+    status, printed = verify(f"--implementation package_of_mine {arguments}")
     assert status == 1
     contents = report(tmp_path)
     (only,) = contents["runs"]
@@ -161,15 +129,23 @@ def test_a_divergence_exits_with_1_and_can_be_replayed(verify: Verify, tmp_path:
     assert report(tmp_path)["runs"][0]["divergence"] == divergence
 
 
-def test_under_a_launcher_its_ranks_are_used_and_one_of_them_reports(tmp_path: Path) -> None:
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
-    status, printed = run(f"{launcher} -m truestep verify --topology ddp {QUICK}", tmp_path)
-    assert status == 0
-    ((*row, _, bitwise, _, verdict),) = rows(printed)
-    assert row == ["BEMA", "ddp", "2", "float32", "5"]
-    assert (bitwise, verdict) == ("yes", "equal")
-    assert printed.count("report: ") == 1
-    assert report(tmp_path)["runs"][0]["setup"]["ranks"] == 2
+def exit_with(arguments: str) -> NoReturn:
+    sys.exit(main(arguments.split()))
+
+
+def test_the_ranks_of_a_launcher_are_used_and_one_of_them_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with Terminal(columns=120) as terminal:
+        ranks = [
+            terminal.start(exit_with, f"--topology ddp {QUICK}", environment=world | {"RANK": rank, "LOCAL_RANK": rank})
+            for rank in "01"
+        ]
+        assert [rank.wait(120) for rank in ranks] == [0, 0]
+        printed = "\n".join(terminal.history)
+    assert_one_of_two_ranks_reports(printed, tmp_path)
 
 
 class Raises(ReferenceBEMACallback):
