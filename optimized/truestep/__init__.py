@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from truestep.log_completions import LogCompletionsCallback
     from truestep.pairing import PairingError
     from truestep.ref_sync import SyncRefModelCallback
+    from truestep.rich_progress import RichProgressCallback
     from truestep.topology import UnsupportedModelError
     from truestep.weave_eval import WeaveCallback
 
@@ -23,6 +24,7 @@ __all__ = [
     "ExportError",
     "LogCompletionsCallback",
     "PairingError",
+    "RichProgressCallback",
     "SyncRefModelCallback",
     "UnsupportedModelError",
     "WeaveCallback",
@@ -34,6 +36,7 @@ _MODULES = {
     "ExportError": "export",
     "LogCompletionsCallback": "log_completions",
     "PairingError": "pairing",
+    "RichProgressCallback": "rich_progress",
     "SyncRefModelCallback": "ref_sync",
     "UnsupportedModelError": "topology",
     "WeaveCallback": "weave_eval",

@@ -6,6 +6,13 @@ Nothing here is meant to train large models. It is meant to be read beside the p
 from truestep_reference.bema import BEMACallback
 from truestep_reference.log_completions import LogCompletionsCallback
 from truestep_reference.ref_sync import SyncRefModelCallback
+from truestep_reference.rich_progress import RichProgressCallback
 from truestep_reference.weave_eval import WeaveCallback
 
-__all__ = ["BEMACallback", "LogCompletionsCallback", "SyncRefModelCallback", "WeaveCallback"]
+__all__ = [
+    "BEMACallback",
+    "LogCompletionsCallback",
+    "RichProgressCallback",
+    "SyncRefModelCallback",
+    "WeaveCallback",
+]

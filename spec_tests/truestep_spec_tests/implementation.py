@@ -11,6 +11,7 @@ CALLBACKS = {
     "SyncRefModelCallback": "ref_sync",
     "LogCompletionsCallback": "log_completions",
     "WeaveCallback": "weave_eval",
+    "RichProgressCallback": "rich_progress",
 }
 """The callbacks that the suite tests: their documented names, and how files that are about them are called."""
 
@@ -60,6 +61,11 @@ class Implementation:
     def WeaveCallback(self) -> type[Any]:  # noqa: N802 - the documented name of the class
         """The class under test."""
         return self.callback("WeaveCallback")
+
+    @property
+    def RichProgressCallback(self) -> type[Any]:  # noqa: N802 - the documented name of the class
+        """The class under test."""
+        return self.callback("RichProgressCallback")
 
     def callback(self, callback: str) -> type[Any]:
         """The class under test of a documented name.

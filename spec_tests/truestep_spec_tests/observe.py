@@ -78,8 +78,13 @@ def completions(callback: TrainerCallback, args: Any, state: Any) -> list[str]:
     return contents[0]
 
 
+def view(callback: TrainerCallback) -> Any:
+    """What a callback shows of a training's progress as `view`; None where it shows nothing."""
+    return getattr(callback, "view", None)
+
+
 def as_text(row: Any) -> str:
-    """A row of a table as the text that rows are compared by."""
+    """A row of a table, or a part of a view, as the text that it is compared by."""
     return json.dumps(row, ensure_ascii=False, default=str)
 
 

@@ -20,8 +20,16 @@ from truestep_fixtures.training import Attach, train
 from truestep_fixtures.weave_server import RecordingServer
 
 from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.lockstep import Comparisons, OnCompared, bema, log_completions, ref_sync, weave_eval
-from truestep_spec_tests.observe import Watcher, completions, shadow_at_event
+from truestep_spec_tests.lockstep import (
+    Comparisons,
+    OnCompared,
+    bema,
+    log_completions,
+    ref_sync,
+    rich_progress,
+    weave_eval,
+)
+from truestep_spec_tests.observe import Watcher, completions, shadow_at_event, view
 from truestep_spec_tests.recording import Kind, Recorded, Recorder, Trajectory, draw
 
 
@@ -98,10 +106,12 @@ class Setup:
         return topologies.place_for_evaluation(model, topology, dtype, **zero_optimization)
 
     def evaluation(self) -> dict[str, Any]:
-        """What a trainer is given for callbacks that complete prompts: `eval_dataset` and `processing_class`."""
-        if not self._has_prompts:
-            return {}
-        return {"eval_dataset": data.prompts(self.prompts, self.seed), "processing_class": self._tokenizer()}
+        """What a trainer is given to evaluate, `eval_dataset`, and where prompts are completed, `processing_class`."""
+        if self._has_prompts:
+            return {"eval_dataset": data.prompts(self.prompts, self.seed), "processing_class": self._tokenizer()}
+        if self.callback == "RichProgressCallback" and "eval_strategy" in self.training:
+            return {"eval_dataset": data.language_dataset(5, self.seed)}
+        return {}
 
     def build_generation_config(self) -> GenerationConfig:
         """The generation config; sequences end with the tokenizer's token for that, not with that of the model's."""
@@ -375,6 +385,9 @@ def _lockstep(
         subject, reference = setup.subject(), setup.reference()
         callbacks, comparisons = bema.lockstep(subject, reference, directory / "reference", on_compared)
         yield callbacks, None, comparisons
+    elif setup.callback == "RichProgressCallback":
+        callbacks, comparisons = rich_progress.lockstep(setup.subject(), setup.reference(), on_compared)
+        yield callbacks, None, comparisons
     else:
         _, callbacks, comparisons = sync_in_lockstep(setup, on_compared)
         yield callbacks, None, comparisons
@@ -406,6 +419,10 @@ def _watched(setup: Setup) -> Iterator[tuple[list[TrainerCallback], Attach | Non
     elif setup.callback == "BEMACallback":
         subject = setup.subject()
         watcher = Watcher(partial(shadow_at_event, subject))
+        yield [subject, watcher], None, watcher
+    elif setup.callback == "RichProgressCallback":
+        subject = setup.subject()
+        watcher = Watcher(lambda *_, **__: rich_progress.as_tensors(rich_progress.bars(view(subject))))
         yield [subject, watcher], None, watcher
     else:
         placed = setup.place_ref_model()

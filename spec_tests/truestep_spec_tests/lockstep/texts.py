@@ -23,9 +23,7 @@ class TextComparator(Comparator):
         raise NotImplementedError
 
     def looks(self, live: Mapping[str, Tensor], args: Any, state: Any, control: Any, **kwargs: Any) -> Iterator[Look]:
-        shown, expected = self.texts(args, state)
-        bounds = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in expected.items()}
-        yield Look(shown, {name: value.double() for name, value in expected.items()}, bounds)
+        yield look(*self.texts(args, state))
 
     def followed(self, live: Mapping[str, Tensor], shown: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(live)
@@ -35,6 +33,17 @@ class TextComparator(Comparator):
             return divergence
         subject = "nothing" if shown is None else _text(shown)
         return divergence._replace(index=(), subject=subject, reference=_text(value), shown_as="text")
+
+
+def look(shown: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Look:
+    """A look at a subject that has to show exactly what the reference has.
+
+    Args:
+        shown: What the subject shows, of `as_tensors`.
+        expected: What the reference has, of `as_tensors`.
+    """
+    bounds = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in expected.items()}
+    return Look(shown, {name: value.double() for name, value in expected.items()}, bounds)
 
 
 def as_tensors(texts: Mapping[str, str], count: str, number: int) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from truestep_reference import BEMACallback as ReferenceBEMACallback
 
-from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.implementation import CALLBACKS, Implementation
 
 
 @pytest.fixture
@@ -29,8 +29,7 @@ def test_a_package_a_module_and_a_class_lead_to_the_callback(name: str) -> None:
     implementation = Implementation(name)
     assert implementation.BEMACallback is ReferenceBEMACallback
     every = name == "truestep_reference"
-    others = ["SyncRefModelCallback", "LogCompletionsCallback", "WeaveCallback"] if every else []
-    assert implementation.offered == ["BEMACallback", *others]
+    assert implementation.offered == (list(CALLBACKS) if every else ["BEMACallback"])
 
 
 def test_a_class_of_another_name_says_which_callback_it_is(installed: Path) -> None:

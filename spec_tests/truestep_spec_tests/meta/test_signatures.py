@@ -7,6 +7,7 @@ import pytest
 from transformers import TrainerCallback
 from truestep_reference import BEMACallback as ReferenceBEMACallback
 from truestep_reference import LogCompletionsCallback as ReferenceLogCompletionsCallback
+from truestep_reference import RichProgressCallback as ReferenceRichProgressCallback
 from truestep_reference import SyncRefModelCallback as ReferenceSyncRefModelCallback
 from truestep_reference import WeaveCallback as ReferenceWeaveCallback
 
@@ -43,6 +44,11 @@ def log_completions(request: pytest.FixtureRequest, implementation: Implementati
 @pytest.fixture(params=["subject", "reference"])
 def weave_eval(request: pytest.FixtureRequest, implementation: Implementation) -> type[Any]:
     return implementation.WeaveCallback if request.param == "subject" else ReferenceWeaveCallback
+
+
+@pytest.fixture(params=["subject", "reference"])
+def rich_progress(request: pytest.FixtureRequest, implementation: Implementation) -> type[Any]:
+    return implementation.RichProgressCallback if request.param == "subject" else ReferenceRichProgressCallback
 
 
 def parameters(callback: type[Any]) -> list[tuple[str, Any]]:
@@ -144,3 +150,16 @@ def test_evaluations_take_the_documented_arguments_by_position_or_name_and_other
 @pytest.mark.clause("WEAVE-8")
 def test_evaluations_are_logged_by_a_trainer_callback(weave_eval: type[Any]) -> None:
     assert issubclass(weave_eval, TrainerCallback)
+
+
+@pytest.mark.clause("RICH-7")
+def test_the_display_takes_arguments_by_name_only_with_the_specified_defaults(rich_progress: type[Any]) -> None:
+    assert constructor("RichProgressCallback") == []
+    shown = inspect.signature(rich_progress).parameters.values()
+    assert {parameter.kind for parameter in shown} == {inspect.Parameter.KEYWORD_ONLY}
+    assert {parameter.name: parameter.default for parameter in shown} == {"plain_percent": 10.0, "plain_seconds": 60.0}
+
+
+@pytest.mark.clause("RICH-7")
+def test_progress_is_shown_by_a_trainer_callback(rich_progress: type[Any]) -> None:
+    assert issubclass(rich_progress, TrainerCallback)

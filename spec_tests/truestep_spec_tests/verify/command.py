@@ -108,8 +108,8 @@ def _setups(options: argparse.Namespace, ranks: Launcher) -> list[Setup]:
     if not setups:
         raise ValueError(
             "--topology, --ranks and --dtype: no run has these together; single needs --ranks 1, all others more, and "
-            "LogCompletionsCallback is compared in float64, and so is WeaveCallback, unless --ranks is given in few "
-            "topologies only"
+            "LogCompletionsCallback is compared in float64, and so is WeaveCallback, RichProgressCallback in float32, "
+            "these two in few topologies only unless --ranks is given"
         )
     return setups
 

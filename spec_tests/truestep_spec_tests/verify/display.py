@@ -20,6 +20,7 @@ SHORT = {
     "SyncRefModelCallback": "SYNC",
     "LogCompletionsCallback": "LOGC",
     "WeaveCallback": "WEAVE",
+    "RichProgressCallback": "RICH",
 }
 """What callbacks are called in the table: as their clauses are in SPEC.md."""
 
@@ -114,8 +115,8 @@ def show(console: Console, results: Sequence[Result], environment: dict[str, str
     console.print(table)
     console.print(
         "error ÷ bound: the largest at any step, against the running rounding-error bound\n"
-        "bitwise: a single process on the same trajectory has the same shadow, reference model, table or evaluations, "
-        "bit by bit",
+        "bitwise: a single process on the same trajectory has the same shadow, reference model, table, evaluations or "
+        "bars, bit by bit",
         style="dim",
     )
     console.print(", ".join(f"{name} {value}" for name, value in environment.items()), style="dim", soft_wrap=True)

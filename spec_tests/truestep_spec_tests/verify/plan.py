@@ -19,6 +19,9 @@ DTYPES = ("float32", "bfloat16", "float64")
 WEAVE = (("single", 1), ("ddp", 2), ("zero3", 2), ("fsdp2", 2))
 """Topologies and world sizes of the runs of evaluations in Weave."""
 
+RICH = (("single", 1), ("ddp", 2), ("zero3", 2))
+"""Topologies and world sizes of the runs of a progress display."""
+
 
 def plan(
     *,
@@ -43,7 +46,8 @@ def plan(
             ranks in float32 and bfloat16, and on 3 and 4 in float32, but for persistent parameters; of BEMA, for which
             ZeRO-1 and 2 are as DDP, not these two either. Completions, which rounding may change in any other type, are
             compared in float64 alone, and on 3 and 4 ranks not in all topologies; evaluations in Weave, which are made
-            of the same completions, in those of `WEAVE`.
+            of the same completions, in those of `WEAVE`. Of a progress display, to which weights are nothing, it is
+            float32 alone, in those of `RICH`.
         dtypes: Only these, on every world size.
         model: Name of a built-in model, or a local model directory.
         seed: Seeds everything.
@@ -64,9 +68,10 @@ def plan(
 
 
 def _dtypes(callback: str, topology: str, ranks: int, asked: Sequence[str], everything: bool) -> Sequence[str]:
-    if callback == "WeaveCallback":
-        is_left_out = not everything and (topology, ranks) not in WEAVE
-        return [dtype for dtype in asked or DTYPES if dtype == "float64" and not is_left_out]
+    if callback in ("WeaveCallback", "RichProgressCallback"):
+        runs, only = (WEAVE, "float64") if callback == "WeaveCallback" else (RICH, "float32")
+        is_left_out = not everything and (topology, ranks) not in runs
+        return [dtype for dtype in asked or DTYPES if dtype == only and not is_left_out]
     if callback == "LogCompletionsCallback":
         # The reference completes prompts token by token on every rank, and under ZeRO-3 each takes a while.
         left_out = {3: ("zero1", "zero2", "zero3_persistent"), 4: ("zero1", "zero2", "zero3", "zero3_persistent")}
@@ -102,6 +107,10 @@ def _drawn(callback: str, draw: random.Random, steps: int, has_scorers: bool) ->
             chosen["training"] = {"eval_strategy": "steps", "eval_steps": freq}
             chosen["scorers"] = list(SCORERS) if has_scorers else None
         return chosen
+    if callback == "RichProgressCallback":
+        freq = draw.choice([1, 2, max(1, steps // 2)])
+        settings = {"eval_strategy": "steps", "eval_steps": freq, "logging_strategy": "steps", "logging_steps": 1}
+        return {"hyperparameters": {}, "training": settings}
     settings = {
         # At least one sync, however few steps there are.
         "ref_model_sync_steps": min(draw.choice([1, 2, 3]), steps),

@@ -37,7 +37,7 @@ class Suspect:
     def run(self, setup: Setup, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
         """Runs `function(setup, directory, …)` on every rank of the setup, where the package can be imported."""
         pool = self.ranks(setup.ranks)
-        return pool.run(_with_path, self.path, function, setup, self.directory, *args, **kwargs)
+        return pool.run(with_path, self.path, function, setup, self.directory, *args, **kwargs)
 
     def fault(self, setup: Setup, function: Callable[..., str | None], /, *args: Any) -> str | None:
         """Runs a function of `faults`; the first fault on any rank."""
@@ -52,7 +52,8 @@ class Suspect:
 Check = Callable[[Suspect], str | None]
 
 
-def _with_path(path: Path, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def with_path(path: Path, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Calls `function(*args, **kwargs)` where packages in a directory can be imported."""
     sys.path.insert(0, str(path))
     importlib.invalidate_caches()
     try:
