@@ -11,7 +11,7 @@ from truestep_fixtures.topologies import TOPOLOGIES
 from truestep_spec_tests.lockstep.weave_eval import SCORERS
 from truestep_spec_tests.runs import Setup
 
-RANKS = (2, 3, 4)
+RANKS = (2, 3)
 """World sizes of topologies with several ranks. On 3 ranks nothing divides evenly."""
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -43,9 +43,9 @@ def plan(
         callbacks: Which of its callbacks.
         topologies: Only these; all by default.
         ranks: Only these world sizes, where the engine trains it also in float64. By default every topology runs on 2
-            ranks in float32 and bfloat16, and on 3 and 4 in float32, but for persistent parameters; of BEMA, for which
+            ranks in float32 and bfloat16, and on 3 in float32, but for persistent parameters; of BEMA, for which
             ZeRO-1 and 2 are as DDP, not these two either. Completions, which rounding may change in any other type, are
-            compared in float64 alone, and on 3 and 4 ranks not in all topologies; evaluations in Weave, which are made
+            compared in float64 alone, and on 3 ranks not in all topologies; evaluations in Weave, which are made
             of the same completions, in those of `WEAVE`. Of a progress display, to which weights are nothing, it is
             float32 alone, in those of `RICH`.
         dtypes: Only these, on every world size.
@@ -74,8 +74,7 @@ def _dtypes(callback: str, topology: str, ranks: int, asked: Sequence[str], ever
         return [dtype for dtype in asked or DTYPES if dtype == only and not is_left_out]
     if callback == "LogCompletionsCallback":
         # The reference completes prompts token by token on every rank, and under ZeRO-3 each takes a while.
-        left_out = {3: ("zero1", "zero2", "zero3_persistent"), 4: ("zero1", "zero2", "zero3", "zero3_persistent")}
-        is_left_out = not everything and topology in left_out.get(ranks, ())
+        is_left_out = not everything and ranks == 3 and topology in ("zero1", "zero2", "zero3_persistent")
         return [dtype for dtype in asked or DTYPES if dtype == "float64" and not is_left_out]
     if asked:
         return asked
