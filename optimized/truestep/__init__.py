@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from truestep.bema import BEMACallback
     from truestep.checkpoint import CheckpointError
+    from truestep.drop_in import patch_trl
     from truestep.export import ExportError
     from truestep.log_completions import LogCompletionsCallback
     from truestep.pairing import PairingError
@@ -28,6 +29,7 @@ __all__ = [
     "SyncRefModelCallback",
     "UnsupportedModelError",
     "WeaveCallback",
+    "patch_trl",
 ]
 
 _MODULES = {
@@ -40,6 +42,7 @@ _MODULES = {
     "SyncRefModelCallback": "ref_sync",
     "UnsupportedModelError": "topology",
     "WeaveCallback": "weave_eval",
+    "patch_trl": "drop_in",
 }
 
 

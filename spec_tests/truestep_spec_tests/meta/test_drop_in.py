@@ -1,0 +1,235 @@
+"""The callbacks in the place of TRL's, as far as it needs no TRL: `truestep run`, what stands in for TRL, and classes.
+
+A package of a few lines goes by TRL's name here. It has one of the callbacks, as an old version of TRL may.
+"""
+
+import importlib
+import inspect
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from truestep_spec_tests.implementation import CALLBACKS, Implementation
+
+Patch = Callable[[], AbstractContextManager[object]]
+
+OLD_TRL = {
+    "__init__.py": "",
+    "trainer/__init__.py": "",
+    "trainer/callbacks.py": (
+        "class SyncRefModelCallback:\n"
+        "    def __init__(self, ref_model, accelerator): self.of = accelerator\n"
+        "    @staticmethod\n"
+        "    def blend(): return SyncRefModelCallback.share()\n"
+        "    @staticmethod\n"
+        "    def share(): return 0.6\n"
+        "class OtherCallback: pass\n"
+    ),
+    "trainer/training.py": "from trl.trainer.callbacks import OtherCallback, SyncRefModelCallback as Sync\n",
+    "teacher.py": (
+        "from trl.trainer.callbacks import SyncRefModelCallback\n"
+        "class Teacher(SyncRefModelCallback):\n"
+        "    def __init__(self): super().__init__(None, accelerator='teacher')\n"
+    ),
+}
+
+
+@pytest.fixture
+def patch(implementation: Implementation) -> Patch:
+    found: Patch | None = getattr(importlib.import_module(implementation.name), "patch_trl", None)
+    if found is None:
+        pytest.skip(f"{implementation} does not patch TRL")
+    return found
+
+
+@contextmanager
+def other_trl() -> Iterator[None]:
+    """What is loaded of TRL is forgotten, and back at the end."""
+
+    def take() -> dict[str, ModuleType]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if f"{name}.".startswith("trl.")}
+
+    before = take()
+    yield
+    take()
+    sys.modules.update(before)
+
+
+@pytest.fixture
+def no_trl() -> Iterator[None]:
+    """TRL cannot be imported."""
+    with other_trl():
+        sys.modules["trl"] = None  # type: ignore[assignment]
+        yield
+
+
+@pytest.fixture
+def old_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package of a few lines is TRL."""
+    for name, text in OLD_TRL.items():
+        file = tmp_path / "trl" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with other_trl():
+        yield
+
+
+def load(module: str) -> ModuleType:
+    return importlib.import_module(module)
+
+
+@pytest.mark.usefixtures("no_trl")
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_without_trl_its_name_has_the_five(callback: str, patch: Patch, implementation: Implementation) -> None:
+    with patch():
+        found = getattr(load("trl"), callback)
+        assert found is getattr(load("trl"), callback)
+        assert issubclass(found, implementation.callback(callback))
+        assert inspect.signature(found) == inspect.signature(implementation.callback(callback))
+    with pytest.raises(ModuleNotFoundError):
+        load("trl")
+
+
+@pytest.mark.usefixtures("no_trl")
+def test_without_trl_its_name_has_nothing_else_and_says_why(patch: Patch) -> None:
+    with patch():
+        assert "TRL itself is not installed" in str(load("trl").__doc__)
+        with pytest.raises(AttributeError, match="'DPOTrainer': TRL is not installed; truestep stands in for BEMA"):
+            _ = load("trl").DPOTrainer
+        with pytest.raises(ImportError, match=r"cannot import name 'DPOTrainer' from 'trl' \(.*truestep.drop_in\.py\)"):
+            exec("from trl import DPOTrainer")
+        with pytest.raises(ModuleNotFoundError):
+            load("trl.trainer")
+
+
+@pytest.mark.usefixtures("old_trl")
+def test_a_module_has_it_whether_it_was_loaded_before_or_is_later(patch: Patch, implementation: Implementation) -> None:
+    own = load("trl.trainer.callbacks").SyncRefModelCallback
+    assert load("trl.trainer.training").Sync is own
+    with patch():
+        found = load("trl.trainer.callbacks").SyncRefModelCallback
+        assert issubclass(found, implementation.SyncRefModelCallback)
+        assert load("trl.trainer.training").Sync is found
+        del sys.modules["trl.trainer.training"]
+        assert load("trl.trainer.training").Sync is found
+    assert load("trl.trainer.callbacks").SyncRefModelCallback is own
+    assert load("trl.trainer.training").Sync is own
+
+
+@pytest.mark.usefixtures("old_trl")
+def test_nothing_of_trl_is_loaded_before_it_is_used(patch: Patch, implementation: Implementation) -> None:
+    finders = list(sys.meta_path)
+    with patch():
+        assert [name for name in sys.modules if f"{name}.".startswith("trl.")] == []
+        assert issubclass(load("trl.trainer.training").Sync, implementation.SyncRefModelCallback)
+    assert finders == sys.meta_path
+    assert load("trl.trainer.training").Sync is load("trl.trainer.callbacks").SyncRefModelCallback
+    assert load("trl.trainer.training").Sync.__module__ == "trl.trainer.callbacks"
+
+
+@pytest.mark.usefixtures("old_trl")
+def test_other_callbacks_and_those_that_a_version_does_not_have_are_left_alone(patch: Patch) -> None:
+    with patch():
+        callbacks = load("trl.trainer.callbacks")
+        assert callbacks.OtherCallback.__module__ == "trl.trainer.callbacks"
+        assert not hasattr(callbacks, "BEMACallback")
+
+
+@pytest.mark.usefixtures("old_trl")
+def test_it_is_undone_when_nobody_wants_it_any_more(patch: Patch) -> None:
+    callbacks = load("trl.trainer.callbacks")
+    own = callbacks.SyncRefModelCallback
+    with patch():
+        found = callbacks.SyncRefModelCallback
+        with patch(), patch():
+            assert callbacks.SyncRefModelCallback is found
+        assert callbacks.SyncRefModelCallback is found
+    assert callbacks.SyncRefModelCallback is own
+    stays = patch()
+    with patch():
+        pass
+    assert callbacks.SyncRefModelCallback is found
+    with stays:
+        pass
+    assert callbacks.SyncRefModelCallback is own
+
+
+@pytest.mark.usefixtures("old_trl")
+def test_what_derives_from_one_derives_from_trls_own(patch: Patch, implementation: Implementation) -> None:
+    with patch():
+        found = load("trl.trainer.callbacks").SyncRefModelCallback
+        teacher = load("trl.teacher").Teacher
+        assert not issubclass(teacher, implementation.SyncRefModelCallback)
+        assert teacher().of == "teacher"
+        assert teacher.blend() == found.blend() == 0.6
+        assert issubclass(teacher, found)
+        assert isinstance(teacher(), found)
+        assert isinstance(implementation.SyncRefModelCallback(None, None), found)
+        assert not isinstance(load("trl.trainer.callbacks").OtherCallback(), found)
+
+
+@pytest.mark.usefixtures("no_trl")
+def test_without_trl_what_derives_from_one_derives_from_ours(patch: Patch, implementation: Implementation) -> None:
+    with patch():
+        bema = load("trl").BEMACallback
+        derived = type(bema)("Derived", (bema,), {})
+    assert derived.__mro__[1] is implementation.BEMACallback
+    assert isinstance(derived(), bema)
+
+
+@pytest.mark.usefixtures("old_trl")
+def test_what_is_constructed_in_the_place_of_trls_is_logged_once(
+    patch: Patch, implementation: Implementation, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, implementation.name)
+    with patch():
+        for _ in range(2):
+            load("trl.trainer.training").Sync(ref_model=None, accelerator=None)
+        implementation.BEMACallback()
+    expected = f"SyncRefModelCallback of {implementation} in the place of TRL's"
+    assert [record.getMessage() for record in caplog.records] == [expected]
+
+
+# `truestep run`
+
+SHOW = """import json, os, sys
+print(json.dumps([__name__, os.path.basename(__file__), sys.argv[1:], sys.path[0], "torch" in sys.modules]))
+"""
+
+
+def run(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("form", [["scripts/show.py"], ["-m", "scripts.show"]])
+def test_a_program_runs_as_it_does_under_python(form: list[str], tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "show.py").write_text(SHOW)
+    arguments = ["-m", "x", "--help", "--", "1"]
+    expected = run(*form, *arguments, directory=tmp_path)
+    found = run("-m", "truestep", "run", *form, *arguments, directory=tmp_path)
+    assert expected.stdout.startswith('["__main__", "show.py", ["-m", "x", "--help", "--", "1"], ')
+    assert (expected.stdout, "", 0) == (found.stdout, found.stderr, found.returncode)
+
+
+@pytest.mark.parametrize("end", ["sys.exit(7)", "sys.exit('no')", "def deep(): raise ValueError(5)\ndeep()", "a b"])
+def test_a_program_ends_as_it_does_under_python(end: str, tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text(f"import sys\n{end}\n")
+    expected = run("ends.py", directory=tmp_path)
+    found = run("-m", "truestep", "run", "ends.py", directory=tmp_path)
+    assert expected.returncode != 0
+    assert (expected.stderr, expected.returncode) == (found.stderr, found.returncode)
+
+
+def test_a_program_that_is_not_there_exits_with_2(tmp_path: Path) -> None:
+    found = run("-m", "truestep", "run", "missing.py", directory=tmp_path)
+    assert found.returncode == 2
+    assert "truestep run: error: PROGRAM missing.py: no such file; for a module, give -m missing.py" in found.stderr
