@@ -10,15 +10,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from truestep.arguments import require_real
-from truestep.progress_place import take_place
-from truestep.progress_view import Progress, View
+from truestep.progress.place import take_place
+from truestep.progress.view import Progress, View
 from truestep.sampling import random_states_kept
 from truestep.trainer_frames import variables_of_trainer
 
 if TYPE_CHECKING:
-    from truestep.progress_lines import Lines
-    from truestep.progress_live import Live
-    from truestep.progress_session import Session
+    from truestep.progress.lines import Lines
+    from truestep.progress.live import Live
+    from truestep.progress.session import Session
 
 
 class RichProgressCallback(TrainerCallback, ExportableState):
@@ -183,10 +183,10 @@ class RichProgressCallback(TrainerCallback, ExportableState):
 
     def _open(self, args: TrainingArguments) -> None:
         with random_states_kept():  # the first import of rich draws
-            from truestep.progress_lines import Lines
-            from truestep.progress_live import CHANGES
-            from truestep.progress_outlet import outlet
-            from truestep.progress_session import Session
+            from truestep.progress.lines import Lines
+            from truestep.progress.live import CHANGES
+            from truestep.progress.outlet import outlet
+            from truestep.progress.session import Session
         session = self._session = Session(self._progress, args.device, self._close)
         lines = Lines(self._progress, self.plain_percent, self.plain_seconds)
         with CHANGES:

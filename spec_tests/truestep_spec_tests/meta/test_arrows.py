@@ -25,7 +25,7 @@ MAY_IMPORT = {
 CORE = {"torch", "transformers", "accelerate", "safetensors"}
 """What `truestep` depends on without an extra: more may not be imported together with it, or with the reference."""
 
-DRAWING = {f"progress_{part}.py" for part in ("drawing", "notebook", "outlet", "terminal")}
+DRAWING = {f"progress/{part}.py" for part in ("drawing", "notebook", "outlet", "terminal")}
 """Files that draw with rich, and are imported when something is drawn."""
 
 IMPORTED_WHEN_USED = [
@@ -62,7 +62,8 @@ class Import(NamedTuple):
 
     @property
     def file(self) -> str:
-        return Path(self.where.rpartition(":")[0]).name
+        """The file, in its folder."""
+        return "/".join(Path(self.where.rpartition(":")[0]).parts[-2:])
 
     @property
     def package(self) -> str:

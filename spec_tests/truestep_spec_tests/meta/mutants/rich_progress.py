@@ -7,7 +7,7 @@ MUTANTS = (
     Mutant(
         "drawn_though_nothing_has_changed",
         "RICH-1",
-        "progress_terminal.py",
+        "progress/terminal.py",
         "if drawn == self._drawn:",
         "if False:",
         checks.draws_only_what_has_changed,
@@ -15,7 +15,7 @@ MUTANTS = (
     Mutant(
         "own_bars_go_on",
         "RICH-1",
-        "progress_place.py",
+        "progress/place.py",
         "if type(own) in _kinds() and",
         "if False and",
         checks.is_the_only_bar,
@@ -23,7 +23,7 @@ MUTANTS = (
     Mutant(
         "resumed_training_begins_at_0",
         "RICH-2",
-        "progress_view.py",
+        "progress/view.py",
         "self.position = state.global_step, state.max_steps, ",
         "self.position = 0, state.max_steps, ",
         checks.has_the_references_view,
@@ -31,7 +31,7 @@ MUTANTS = (
     Mutant(
         "bar_beyond_its_total",
         "RICH-2",
-        "progress_view.py",
+        "progress/view.py",
         "return Bar(min(step, steps), steps)",
         "return Bar(step, steps)",
         checks.has_the_references_view,
@@ -39,7 +39,7 @@ MUTANTS = (
     Mutant(
         "batches_of_two_dataloaders_added",
         "RICH-2",
-        "progress_view.py",
+        "progress/view.py",
         "return self.batches is None or dataloader is not self._dataloader",
         "return self.batches is None",
         checks.has_the_references_view,
@@ -47,7 +47,7 @@ MUTANTS = (
     Mutant(
         "trend_of_the_wrong_half",
         "RICH-2",
-        "progress_view.py",
+        "progress/view.py",
         "self._points = self._points[1::2]",
         "self._points = self._points[::2]",
         checks.has_the_references_view,
@@ -55,7 +55,7 @@ MUTANTS = (
     Mutant(
         "small_numbers_shown_as_zero",
         "RICH-3",
-        "progress_view.py",
+        "progress/view.py",
         'text = f"{value:#.4g}"',
         'text = f"{value:.3f}"',
         checks.has_the_references_view,
@@ -63,7 +63,7 @@ MUTANTS = (
     Mutant(
         "line_breaks_in_the_table",
         "RICH-3",
-        "progress_view.py",
+        "progress/view.py",
         "if text.isprintable():",
         "if True:",
         checks.has_the_references_view,
@@ -79,7 +79,7 @@ MUTANTS = (
     Mutant(
         "display_outlives_the_training",
         "RICH-4",
-        "progress_session.py",
+        "progress/session.py",
         "return not self._call.is_running",
         "return False",
         checks.leaves_a_summary_after_an_error,
@@ -87,7 +87,7 @@ MUTANTS = (
     Mutant(
         "cursor_left_below_the_display",
         "RICH-5",
-        "progress_terminal.py",
+        "progress/terminal.py",
         'f"\\x1b[{down}A" if down else ""',
         '""',
         checks.keeps_other_output_above,
@@ -95,7 +95,7 @@ MUTANTS = (
     Mutant(
         "files_taken_for_terminals",
         "RICH-5",
-        "progress_outlet.py",
+        "progress/outlet.py",
         "if is_terminal(sys.stdout) and",
         "if True and",
         checks.writes_lines_to_a_file,

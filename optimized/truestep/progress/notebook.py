@@ -7,8 +7,8 @@ from uuid import uuid4
 from rich.console import Console
 from rich.segment import Segment, Segments
 
-from truestep.progress_drawing import Draw, Row
-from truestep.progress_live import Live
+from truestep.progress.drawing import Draw, Row
+from truestep.progress.live import Live
 
 COLUMNS, LINES = 100, 60
 

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
-from truestep.progress_drawing import Draw, Row
+from truestep.progress.drawing import Draw, Row
 
 INTERVAL = 0.2
 """Seconds between two looks at whether something has changed."""

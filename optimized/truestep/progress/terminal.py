@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.text import Text
 
-from truestep.progress_drawing import Draw, Row
-from truestep.progress_keeper import Keeper
-from truestep.progress_live import Live
-from truestep.progress_streams import REST_OF_SCREEN, Redirected, Redirection
+from truestep.progress.drawing import Draw, Row
+from truestep.progress.keeper import Keeper
+from truestep.progress.live import Live
+from truestep.progress.streams import REST_OF_SCREEN, Redirected, Redirection
 
 # Sequences for terminals. A terminal that does not know how to hold back what is being drawn ignores that it is to.
 _HOLD, _SHOW = "\x1b[?2026h\x1b[?25l", "\x1b[?25h\x1b[?2026l"

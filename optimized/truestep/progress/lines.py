@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from truestep.progress_drawing import Draw
-from truestep.progress_session import Session, position
-from truestep.progress_view import Progress, View
+from truestep.progress.drawing import Draw
+from truestep.progress.session import Session, position
+from truestep.progress.view import Progress, View
 
 
 class Lines:

@@ -8,7 +8,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.segment import Segment
 from rich.style import Style
 
-from truestep.progress_view import Bar, Group, View
+from truestep.progress.view import Bar, Group, View
 
 Row = list[Segment]
 """A row: pieces of text with their styles."""

@@ -5,11 +5,11 @@ import sys
 
 from rich.console import Console
 
-from truestep.progress_lines import Lines
-from truestep.progress_live import Live
-from truestep.progress_notebook import Notebook
-from truestep.progress_streams import is_terminal
-from truestep.progress_terminal import Terminal
+from truestep.progress.lines import Lines
+from truestep.progress.live import Live
+from truestep.progress.notebook import Notebook
+from truestep.progress.streams import is_terminal
+from truestep.progress.terminal import Terminal
 
 _terminal: Terminal | None = None
 

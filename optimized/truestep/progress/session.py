@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from truestep.progress_drawing import Row, Times, duration, rows, speed, summary
-from truestep.progress_view import Progress, View
+from truestep.progress.drawing import Row, Times, duration, rows, speed, summary
+from truestep.progress.view import Progress, View
 from truestep.trainer_frames import Call
 
 WINDOW = 30.0
