@@ -23,6 +23,11 @@ def clauses() -> list[str]:
     return re.findall(r"^\*\*([A-Z]+-\d+)\*\*", text(), flags=re.MULTILINE)
 
 
+def titles() -> dict[str, str]:
+    """Id of each clause → the words in italics that it begins with."""
+    return dict(re.findall(r"^\*\*([A-Z]+-\d+)\*\* \*([^*]+)\.\*", text(), flags=re.MULTILINE))
+
+
 def statuses() -> dict[str, tuple[str, str]]:
     """The section "Status": prefix of the clauses → name of the callback, and whether it is implemented."""
     rows = re.findall(r"^\| `([A-Z]+)` \| `(\w+)` \| (\w+) \|$", text(), flags=re.MULTILINE)

@@ -1,70 +1,18 @@
 """Clauses and tests name each other: no clause without a test, no test of a clause that is not there."""
 
-import ast
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from truestep_spec_tests.meta import specification
+from truestep_spec_tests.meta import specification, strength
+from truestep_spec_tests.meta.marks import TESTS, marked_tests
 from truestep_spec_tests.meta.mutants import MUTANTS
 from truestep_spec_tests.meta.specification import PACKAGE
-
-# What a clause without a mutant would take to break, and to notice.
-WITHOUT_MUTANT = {"BEMA-9": "a second device"}
+from truestep_spec_tests.meta.strength import WITHOUT_MUTANT
 
 # Ids are permanent, so a clause that was dropped leaves a gap, and is named here.
 DROPPED: frozenset[str] = frozenset()
-
-
-class MarkedTest(NamedTuple):
-    """A test function as it stands in its file.
-
-    Attributes:
-        file: The file.
-        name: The function's name, after that of its class if it is in one.
-        clauses: What its own, its class's and its module's `clause` markers name.
-    """
-
-    file: Path
-    name: str
-    clauses: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.file.relative_to(PACKAGE)}::{self.name}"
-
-
-def marked_tests(file: Path) -> list[MarkedTest]:
-    """All tests of a file, whichever are selected in this session."""
-    module = ast.parse(file.read_text(encoding="utf-8"), str(file))
-    return list(_tests(module, file, prefix="", inherited=()))
-
-
-def _tests(
-    parent: ast.Module | ast.ClassDef, file: Path, prefix: str, inherited: tuple[str, ...]
-) -> Iterator[MarkedTest]:
-    own = [node.value for node in parent.body if isinstance(node, ast.Assign) and _assigns_marks(node)]
-    inherited = (*inherited, *chain.from_iterable(map(_named_clauses, own)))
-    for node in parent.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            clauses = (*inherited, *chain.from_iterable(map(_named_clauses, node.decorator_list)))
-            if isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
-                yield from _tests(node, file, f"{prefix}{node.name}::", clauses)
-            elif isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
-                yield MarkedTest(file, f"{prefix}{node.name}", clauses)
-
-
-def _assigns_marks(node: ast.Assign) -> bool:
-    return any(isinstance(target, ast.Name) and target.id == "pytestmark" for target in node.targets)
-
-
-def _named_clauses(expression: ast.expr) -> Iterator[str]:
-    """The arguments of every `pytest.mark.clause(…)` in an expression, also within `pytest.param(…)`."""
-    for node in ast.walk(expression):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.clause":
-            yield from (ast.literal_eval(argument) for argument in node.args)
 
 
 def demanded_clauses() -> list[str]:
@@ -72,9 +20,6 @@ def demanded_clauses() -> list[str]:
     implemented = {prefix for prefix, (_, status) in specification.statuses().items() if status == "implemented"}
     assert implemented
     return [clause for clause in specification.clauses() if clause.partition("-")[0] in implemented]
-
-
-TESTS = [test for file in sorted(PACKAGE.rglob("test_*.py")) for test in marked_tests(file)]
 
 
 def test_markers_are_found_wherever_they_stand(tmp_path: Path) -> None:
@@ -146,3 +91,7 @@ def test_every_clause_stands_in_the_section_of_its_callback() -> None:
 def test_every_clause_belongs_to_a_callback_with_a_status() -> None:
     prefixes = {clause.partition("-")[0] for clause in specification.clauses()}
     assert prefixes == set(specification.statuses())
+
+
+def test_the_document_of_the_suites_strength_is_up_to_date(checkout: Path) -> None:
+    assert strength.document() == (checkout / strength.FILE).read_text(encoding="utf-8")
