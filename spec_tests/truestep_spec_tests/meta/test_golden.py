@@ -1,0 +1,143 @@
+"""Golden files: they are what the reference says now, and what is held against them and wrong is found."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from jsonschema import Draft202012Validator
+from torch import Tensor
+from truestep_fixtures import topologies
+from truestep_fixtures.ranks import RankPool
+
+from truestep_spec_tests.golden.command import main
+from truestep_spec_tests.golden.consuming import FILES
+from truestep_spec_tests.golden.driving import point, policy_of
+from truestep_spec_tests.golden.files import DIRECTORY, read
+
+Ranks = Callable[[int], RankPool]
+Run = Callable[..., list[Any]]
+
+LARGEST = 400_000
+"""Bytes that all files may have together."""
+
+
+@pytest.fixture
+def run(ranks: Ranks) -> Run:
+    return lambda size, function, *args: ranks(size).run(function, *args)
+
+
+def partitions(trajectory: Any) -> dict[str, tuple[int, Tensor]]:
+    """Of each parameter, where this rank's partition begins, and what is in it, in a model as DeepSpeed places it."""
+    placed = topologies.place(policy_of(trajectory), "zero3")
+    return {
+        name: (dist.get_rank(parameter.ds_process_group) * parameter.ds_tensor.numel(), parameter.ds_tensor.clone())
+        for name, parameter in placed.model.named_parameters()
+    }
+
+
+def test_the_reference_fills_the_files_byte_for_byte(tmp_path: Path) -> None:
+    assert main(["fill", "--directory", str(tmp_path)]) == 0
+    expected = {file.name: file.read_bytes() for file in DIRECTORY.glob("*.json") if file.name != "schema.json"}
+    assert expected == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert {f"{stem}.json" for stem in FILES} == expected.keys()
+    assert sum(map(len, expected.values())) <= LARGEST
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_files_are_what_the_schema_says(file: str) -> None:
+    schema = read(DIRECTORY, "schema")
+    Draft202012Validator.check_schema(schema)
+    validator = Draft202012Validator({"$ref": f"#/$defs/{file}", "$defs": schema["$defs"]})
+    assert [error.message for error in validator.iter_errors(read(DIRECTORY, file))] == []
+
+
+@pytest.mark.parametrize("implementation", ["truestep_reference", "truestep"])
+def test_every_case_is_equal(implementation: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["consume", "--implementation", implementation], run)
+    printed = capsys.readouterr().out
+    assert (status, [line for line in printed.splitlines() if ": different" in line]) == (0, [])
+    assert sum(len(read(DIRECTORY, file)["cases"]) for file in FILES) == sum(
+        int(count) for count in printed.splitlines()[-1].split() if count.isdigit()
+    )
+
+
+def spoil_bema(case: Any) -> None:
+    case["steps"][4]["values"]["embedding.weight"][3] = "0x1.0000000000000p+9"
+
+
+def spoil_ref_sync(case: Any) -> None:
+    case["steps"][5]["values"]["scale"][0] = "nan"
+
+
+def spoil_zero3(case: Any) -> None:
+    case["ranks"][1]["steps"]["3"]["values"]["shift"][0] = "0x1.0000000000000p+9"
+
+
+def spoil_weave_eval(case: Any) -> None:
+    case["evaluations"][1]["summary"]["avg_exact match"] = {"float": "0x1.0000000000000p+9"}
+
+
+def spoil_rich_progress(case: Any) -> None:
+    case["events"][2]["view"]["epoch"] = "0.51/3"
+
+
+def spoil_log_completions(case: Any) -> None:
+    case["rows"][6]["prompt"] += "."
+
+
+@pytest.mark.parametrize(
+    ("spoil", "case", "where"),
+    [
+        (spoil_bema, "the weights of the defaults", "step 4, embedding.weight[1, 1]: found "),
+        (spoil_ref_sync, "every step", "step 5, scale: found "),
+        (spoil_zero3, "BEMACallback on 2 ranks", "rank 1, step 3, shift[0]: found "),
+        (spoil_weave_eval, "evaluations with three scorers", "some scores are missing, avg_exact match, float: found "),
+        (
+            spoil_rich_progress,
+            "a training with an evaluation in it",
+            'event 3, on_step_end, epoch: found "0.50/3", expected "0.51/3"',
+        ),
+        (spoil_log_completions, "every prompt at every second step", "row 6, prompt: found "),
+    ],
+)
+def test_a_wrong_value_is_reported_with_its_case_and_where_it_is(
+    spoil: Callable[[Any], None], case: str, where: str, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = spoil.__name__.removeprefix("spoil_")
+    shutil.copytree(DIRECTORY, tmp_path, dirs_exist_ok=True)
+    contents = read(tmp_path, file)
+    contents["cases"] = contents["cases"][:1]
+    spoil(contents["cases"][0])
+    (tmp_path / f"{file}.json").write_text(json.dumps(contents), encoding="utf-8")
+    arguments = ["consume", "--implementation", "truestep_reference", "--directory", str(tmp_path), "--file", file]
+    assert main(arguments, run) == 1
+    reported = capsys.readouterr().out.splitlines()
+    assert reported[-1] == "0 equal, 1 different, 0 left out"
+    assert reported[0].startswith(f"{file}, {case}: different: {where}")
+
+
+def test_callbacks_that_are_not_offered_are_left_out(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["consume", "--implementation", "truestep_reference.RichProgressCallback"]
+    assert main([*arguments, "--file", "bema", "--file", "rich_progress"], run) == 0
+    *_, counts = capsys.readouterr().out.splitlines()
+    left_out, equal = (len(read(DIRECTORY, file)["cases"]) for file in ("bema", "rich_progress"))
+    assert counts == f"{equal} equal, 0 different, {left_out} left out"
+
+
+def test_the_ranges_are_those_that_deepspeed_gives_ranks(ranks: Ranks) -> None:
+    contents = read(DIRECTORY, "zero3")
+    trajectory = contents["trajectory"]
+    whole = point(trajectory, trajectory["steps"][0])
+    for case in contents["cases"]:
+        found = ranks(len(case["ranks"])).run(partitions, trajectory)
+        for rank, expected in enumerate(case["ranks"]):
+            for name, (start, stop) in expected["ranges"].items():
+                begin, held = found[rank][name]
+                value = whole[name].flatten()
+                assert [min(begin, len(value)), min(begin + len(held), len(value))] == [start, stop]
+                assert value[start:stop].tolist() == held[: stop - start].double().tolist()
+                assert held[stop - start :].isnan().all()
