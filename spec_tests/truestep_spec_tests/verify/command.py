@@ -19,6 +19,7 @@ from truestep_spec_tests.implementation import CALLBACKS, Implementation
 from truestep_spec_tests.recording import Trajectory
 from truestep_spec_tests.runs import Setup
 from truestep_spec_tests.verify.check import Result, check, keep_for_replay
+from truestep_spec_tests.verify.clauses.command import add_arguments, verify_clauses
 from truestep_spec_tests.verify.display import Display, show
 from truestep_spec_tests.verify.environment import environment
 from truestep_spec_tests.verify.launch import Launcher, launcher
@@ -34,10 +35,19 @@ def main(arguments: Sequence[str]) -> int:
         arguments: The command's arguments; `--help` lists them.
 
     Returns:
-        0 if every run equals the reference, 1 if one does not, 2 if the arguments do not fit.
+        0 if every run equals the reference, or every clause holds, 1 if one does not, 2 if the arguments do not fit.
     """
     understood = parser()
     options = understood.parse_args(arguments)
+    if options.clauses:
+        try:
+            return verify_clauses(options)
+        except (ValueError, OSError) as error:
+            understood.error(str(error))
+        except RuntimeError as error:
+            sys.exit(f"truestep verify: {error}")
+    if options.only or options.expect:
+        understood.error("--only and --expect: can be given together with --clauses only")
     with launcher(options.timeout) as ranks:
         try:
             setups = _setups(options, ranks)
@@ -66,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=300.0, help="seconds that one run may take (default 300)")
     add("--output", type=Path, default=Path("truestep-verify"), help="where the report goes (default truestep-verify)")
     add("--replay", type=Path, metavar="FILE", help="follow the trajectory of a failed run again")
+    add_arguments(arguments)
     return arguments
 
 

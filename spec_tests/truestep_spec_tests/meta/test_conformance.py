@@ -1,0 +1,323 @@
+"""`truestep verify --clauses`: what it says of an implementation that is wrong in every way that there is."""
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from rich.console import Console
+from truestep_fixtures.ranks import RankFailure, RankReport
+
+from truestep_spec_tests.meta import specification
+from truestep_spec_tests.verify.clauses.display import show
+from truestep_spec_tests.verify.clauses.findings import Finding, finding_of
+from truestep_spec_tests.verify.clauses.running import NOT_RUN, Outcome
+from truestep_spec_tests.verify.clauses.verdicts import judge, known_failures, unmet
+from truestep_spec_tests.verify.command import main
+
+WRONG = """
+import os, time
+from truestep_reference import RichProgressCallback as Right
+
+class RichProgressCallback(Right):
+    def __init__(self, *, plain_percent=10.0, plain_seconds=60.0):
+        if plain_percent is None:
+            os._exit(1)
+        if plain_seconds is None:
+            time.sleep(600)
+        if plain_percent == "10":
+            raise ZeroDivisionError("by my own zero")
+        if plain_percent != -1.0:
+            super().__init__(plain_percent=plain_percent, plain_seconds=plain_seconds)
+"""
+"""An implementation whose constructor ends the process, hangs, raises or takes too much."""
+
+CONSTRUCTOR = (
+    "properties/test_rich_progress_subject.py::"
+    "test_other_values_are_an_error_that_names_the_argument_and_its_value[subject-{}]"
+)
+
+
+class Said(NamedTuple):
+    """What a verification came to: the exit status, what was printed, the report."""
+
+    status: int
+    printed: str
+    report: dict[str, Any]
+
+    def findings(self) -> dict[str, dict[str, Any]]:
+        return {test["test"]: test for test in self.report["tests"]}
+
+    def verdicts(self) -> dict[str, str]:
+        return {clause["clause"]: clause["verdict"] for clause in self.report["clauses"]}
+
+
+def verify(directory: Path, arguments: str) -> Said:
+    """Runs the command in a directory that `callbacks_of_mine` can be imported from, on a terminal of 80 columns."""
+    (directory / "callbacks_of_mine.py").write_text(WRONG)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(directory)
+        patch.syspath_prepend(directory)
+        patch.setenv("COLUMNS", "80")
+        status = main(["--clauses", *arguments.split()])
+    report = json.loads((directory / "truestep-verify" / "clauses.json").read_text(encoding="utf-8"))
+    return Said(status, printed.getvalue(), report)
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> Said:
+    directory = tmp_path_factory.mktemp("empty")
+    said = verify(directory, "--implementation callbacks_of_mine --only RICH-7 --only BEMA-1 --timeout 2")
+    assert {file.name for file in directory.iterdir()} - {"__pycache__"} == {"callbacks_of_mine.py", "truestep-verify"}
+    return said
+
+
+def test_a_wrong_implementation_exits_with_1(said: Said) -> None:
+    assert said.status == 1
+    assert said.report["passed"] is False
+    assert said.verdicts() == {"BEMA-1": "not offered", "RICH-7": "fails"}
+
+
+@pytest.mark.parametrize(
+    ("case", "verdict", "exception", "message"),
+    [
+        ("plain_percent--1.0", "fails", "Failed", "DID NOT RAISE"),
+        ("plain_percent-10", "crashes", "ZeroDivisionError", "by my own zero"),
+        ("plain_percent-None", "crashes", "", "crashed while running"),
+        ("plain_seconds-None", "hangs", "", "callbacks_of_mine.py"),
+        ("plain_seconds-60", "passes", "", ""),
+    ],
+)
+def test_every_test_says_what_it_found_whatever_became_of_the_others(
+    said: Said, case: str, verdict: str, exception: str, message: str
+) -> None:
+    found = said.findings()[CONSTRUCTOR.format(case)]
+    assert (found["verdict"], found["exception"]) == (verdict, exception)
+    assert message in found["message"]
+
+
+def test_what_has_the_reference_in_the_place_of_the_implementation_is_not_run(said: Said) -> None:
+    assert said.findings()
+    assert not [test for test in said.findings() if "[reference" in test]
+
+
+def test_the_table_has_a_line_for_each_clause(said: Said) -> None:
+    rows = [line.rstrip() for line in said.printed.splitlines() if re.match(r"[A-Z]+-\d+ ", line)]
+    assert [re.split(r" {2,}", row)[:3] for row in rows] == [
+        ["BEMA-1", "Snapshot", "not offered"],
+        ["RICH-7", "Constructor", "fails"],
+    ]
+    assert rows[-1].endswith("  4 of 18 tests")
+    assert max(map(len, rows)) <= 80
+
+
+def test_a_failing_clause_has_the_shortest_evidence_and_the_command_that_repeats_it(said: Said) -> None:
+    (evidence,) = [clause["evidence"] for clause in said.report["clauses"] if clause["clause"] == "RICH-7"]
+    assert evidence == CONSTRUCTOR.format("plain_percent--1.0")
+    assert "RICH-7: fails\nFailed\n  DID NOT RAISE" in said.printed
+    assert said.findings()[evidence]["command"] in said.printed
+
+
+@pytest.mark.parametrize(
+    ("known", "status", "printed"),
+    [("BEMA-1", 0, ""), ("BEMA-99", 1, "BEMA-99: there is no such clause or test")],
+)
+def test_what_is_not_offered_is_no_failure_but_a_known_failure_of_nothing_is(
+    tmp_path: Path, known: str, status: int, printed: str
+) -> None:
+    (tmp_path / "known").write_text(known)
+    said = verify(tmp_path, "--implementation callbacks_of_mine --only BEMA --expect known")
+    assert set(said.verdicts().values()) == {"not offered"}
+    assert said.status == status
+    assert printed in said.printed
+
+
+# Of exceptions
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        (AssertionError("1 is not 2"), "fails"),
+        (pytest.fail.Exception("DID NOT RAISE"), "fails"),
+        (KeyError("x"), "crashes"),
+        (SystemExit(3), "crashes"),
+        (ExceptionGroup("several", [KeyError("x"), AssertionError()]), "fails"),
+        (ExceptionGroup("several", [KeyError("x"), ExceptionGroup("more", [ValueError()])]), "crashes"),
+        (RankFailure("task", [RankReport(0, "raised", "…\nAssertionError: x"), RankReport(1, "hung")]), "fails"),
+        (RankFailure("task", [RankReport(0, "raised", "…\nKeyError: 'x'"), RankReport(1, "finished")]), "crashes"),
+        (RankFailure("task", [RankReport(0, "finished"), RankReport(1, "died")]), "crashes"),
+        (RankFailure("task", [RankReport(0, "finished"), RankReport(1, "hung", "stack")]), "hangs"),
+    ],
+)
+def test_an_assertion_fails_a_rank_may_hang_and_all_else_crashes(error: BaseException, verdict: str) -> None:
+    assert finding_of(error).verdict == verdict
+
+
+def test_an_exception_without_a_message_is_shown_by_the_line_that_raised_it() -> None:
+    with pytest.raises(KeyboardInterrupt) as raised:
+        raise KeyboardInterrupt
+    assert finding_of(raised.value).message == "raise KeyboardInterrupt"
+
+
+def test_the_end_of_the_traceback_of_the_worst_rank_is_the_message() -> None:
+    detail = "\n".join(["Traceback", *(f"  line {number}" for number in range(20)), "AssertionError: x"])
+    failure = RankFailure("task", [RankReport(0, "hung", "stack"), RankReport(1, "raised", detail)])
+    lines = finding_of(failure).message.splitlines()
+    assert (lines[0], lines[-1], len(lines)) == ("rank 1 raised", "AssertionError: x", 7)
+
+
+class Sum(RuleBasedStateMachine):
+    total = 0
+
+    @rule(number=st.integers())
+    def add(self, number: int) -> None:
+        self.total += number
+
+    @invariant()
+    def is_small(self) -> None:
+        assert self.total < 10, "too large"
+
+
+@given(number=st.floats())
+def is_small(number: float) -> None:
+    assert not number > 5, "too large"
+
+
+@pytest.mark.parametrize(
+    ("finds", "example"),
+    [
+        (is_small, ["is_small(", "    number=6.0,", ")"]),
+        (
+            partial(run_state_machine_as_test, Sum),
+            ["state = Sum()", "state.is_small()", "state.add(number=10)", "state.is_small()", "state.teardown()"],
+        ),
+    ],
+)
+def test_hypothesiss_shortest_example_is_shown_as_code(
+    finds: Callable[[], None], example: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(AssertionError) as raised:
+        finds()
+    evidence = Outcome("a.py::test_a", ("RICH-3",), finding_of(raised.value))
+    show(Console(), [judge("RICH-3", [evidence])], "mine")
+    _, said = capsys.readouterr().out.split("RICH-3: fails\n")
+    expected = ["AssertionError", "  too large", "shortest example:", *(f"  {line}" for line in example)]
+    *lines, reproduction, command = said.splitlines()
+    assert [line for line in expected if line not in lines] == []
+    assert lines[-len(example) :] == expected[-len(example) :]
+    assert re.fullmatch(r"  # or: @reproduce_failure\('[\d.]+', b'.*'\)", reproduction)
+    assert command.endswith("a.py::test_a --implementation mine")
+
+
+# Of clauses
+
+
+def outcome(verdict: str, test: str = "a.py::test_a", clause: str = "A-1", message: str = "") -> Outcome:
+    return Outcome(test, (clause,), Finding(verdict, message=message))
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict", "note"),
+    [
+        (["passes"], "passes", "1 test"),
+        (["passes", "skipped", "passes"], "passes", "2 tests"),
+        (["passes", "fails", "hangs", "crashes"], "fails", "3 of 4 tests"),
+        (["crashes", "hangs"], "hangs", "2 of 2 tests"),
+        (["passes", "crashes"], "crashes", "1 of 2 tests"),
+        (["skipped", "skipped"], "not tested", "because"),
+        ([], "not tested", ""),
+    ],
+)
+def test_a_clause_has_the_worst_verdict_of_its_tests(found: list[str], verdict: str, note: str) -> None:
+    judged = judge("A-1", [outcome("fails", clause="A-2"), *(outcome(one, message="because") for one in found)])
+    assert (verdict, note) == (judged.verdict, judged.note)
+    assert judged.is_fine is (verdict in ("passes", "not tested"))
+
+
+def test_a_clause_that_there_was_no_time_for_is_not_tested_and_not_fine() -> None:
+    judged = judge("A-1", [outcome("passes"), Outcome("a.py::test_b", ("A-1",), NOT_RUN)])
+    assert (judged.verdict, judged.note, judged.is_fine) == ("not tested", "there was no time for it", False)
+
+
+def test_the_evidence_is_the_shortest_of_the_worst() -> None:
+    short, long = (outcome("fails", message="x" * length) for length in (2, 20))
+    assert judge("A-1", [outcome("crashes", message="x"), long, short]).evidence == short
+
+
+@pytest.mark.parametrize(
+    ("known", "verdict"),
+    [
+        (["A-1"], "expected"),
+        (["a.py::test_a", "a.py::test_b"], "expected"),
+        (["a.py::test_a[0]", "a.py::test_b"], "expected"),
+        (["a.py::test_a"], "crashes"),
+        (["a.py::test_b", "A-2"], "fails"),
+        (["a.py::test", "A-11"], "fails"),
+    ],
+)
+def test_what_is_known_to_fail_is_expected(known: list[str], verdict: str) -> None:
+    tests = [outcome("fails", "a.py::test_a[0]"), outcome("crashes", "a.py::test_b"), outcome("passes", "a.py::test_c")]
+    judged = judge("A-1", tests, frozenset(known))
+    assert verdict == judged.verdict
+    assert judged.is_fine is (judged.evidence is None) is (verdict == "expected")
+
+
+def test_known_failures_that_pass_or_are_nowhere_are_reported() -> None:
+    tests = [
+        outcome("passes", "a.py::test_a[0]"),
+        outcome("fails", "a.py::test_b", "A-2"),
+        outcome("skipped", "a.py::c"),
+    ]
+    verdicts = [judge(clause, tests) for clause in ("A-1", "A-2")]
+    elsewhere = "properties/test_bema.py::test_that_was_left_out"
+    known = ["A-1", "A-2", "A-3", "A-4", "a.py::test_a", "a.py::test_b", "a.py::test_c", "a.py::c", elsewhere]
+    assert unmet(known, verdicts, tests, ["A-1", "A-2", "A-3"]) == [
+        "A-1: passes now",
+        "A-4: there is no such clause or test",
+        "a.py::test_a: passes now",
+        "a.py::test_c: there is no such clause or test",
+    ]
+
+
+def test_ids_of_known_failures_stand_one_a_line_beside_comments(tmp_path: Path) -> None:
+    file = tmp_path / "known"
+    file.write_text("# a comment\nA-1\n\n  A-2  # another\na.py::test_a[b c#d]\n")
+    assert known_failures(file) == ["A-1", "A-2", "a.py::test_a[b c#d]"]
+
+
+def test_every_clause_has_a_title() -> None:
+    assert list(specification.titles()) == specification.clauses()
+
+
+# Of arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--clauses --only RICH-99", "--only RICH-99: there is no such clause; there are BEMA, "),
+        ("--clauses --only RICH-", "--only RICH-: "),
+        ("--clauses --expect nowhere", "nowhere"),
+        ("--clauses --topology ddp", "--topology: cannot be given together with --clauses"),
+        ("--clauses --implementation json", "implementation='json': it has none of BEMACallback"),
+        ("--only RICH", "--only and --expect: can be given together with --clauses only"),
+    ],
+)
+def test_arguments_that_do_not_fit_exit_with_2_and_say_why(
+    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    assert re.search(rf"truestep verify: error: .*{re.escape(message)}", capfd.readouterr().err)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,1 @@
+"""`truestep verify --clauses`: what SPEC.md says, clause by clause, of any implementation."""

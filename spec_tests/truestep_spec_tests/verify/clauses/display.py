@@ -1,0 +1,57 @@
+"""What a verification clause by clause shows: how far it is, a table at the end, evidence of what does not hold."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from truestep_spec_tests.meta.specification import PACKAGE, titles
+from truestep_spec_tests.verify.clauses.running import Outcome
+from truestep_spec_tests.verify.clauses.verdicts import Verdict
+
+COLOURS = {"passes": "green", "fails": "red", "crashes": "red", "hangs": "red", "expected": "yellow"}
+
+
+def progress(console: Console) -> Progress:
+    """A bar for the tests, on a terminal."""
+    columns = TextColumn("tests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def show(console: Console, verdicts: Sequence[Verdict], implementation: str) -> None:
+    """Print the table, and below it the evidence against each clause that does not hold."""
+    table = Table("clause", "title", "verdict", "tests", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    title = titles()
+    for verdict in verdicts:
+        coloured = f"[{COLOURS.get(verdict.verdict, 'dim')}]{verdict.verdict}[/]"
+        table.add_row(verdict.clause, title[verdict.clause], coloured, escape(verdict.note))
+    console.print(table)
+    console.print("A test that fails does so for every clause that it names.", style="dim")
+    for test in dict.fromkeys(verdict.evidence for verdict in verdicts if verdict.evidence is not None):
+        clauses = ", ".join(verdict.clause for verdict in verdicts if verdict.evidence == test)
+        console.print(f"\n[red]{clauses}: {test.finding.verdict}[/]")
+        for line in (*_evidence(test), command(test, implementation)):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def command(test: Outcome, implementation: str) -> str:
+    """The shell's command that repeats a test."""
+    return shlex.join(["python", "-m", "pytest", str(PACKAGE / test.id), "--implementation", implementation])
+
+
+def _evidence(test: Outcome, lines: int = 10, columns: int = 300) -> Iterator[str]:
+    """The evidence that a test gives, in few lines; all of it is in the report."""
+    _, exception, message, example = test.finding
+    said = message.strip().splitlines()
+    yield from filter(None, [exception])
+    for line in said[:lines]:
+        yield f"  {line}" if len(line) <= columns else f"  {line[:columns]}…"
+    if len(said) > lines:
+        yield "  …"
+    if example:
+        yield "shortest example:"
+        yield from (f"  {line}" for line in example.splitlines())

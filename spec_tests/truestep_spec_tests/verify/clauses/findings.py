@@ -1,0 +1,77 @@
+"""What a test found: a verdict, and its evidence in few words."""
+
+import re
+import traceback
+from typing import NamedTuple
+
+import pytest
+from truestep_fixtures.ranks import RankFailure, RankReport
+
+VERDICTS = ("not run", "passes", "skipped", "crashes", "hangs", "fails")
+"""What a test can come to; of several phases of a test, or failing tests of a clause, the last one of these counts."""
+
+FAILURES = frozenset({"crashes", "hangs", "fails"})
+
+_ASSERTIONS = (AssertionError, pytest.fail.Exception)
+
+
+class Finding(NamedTuple):
+    """What a test, or one phase of it, came to.
+
+    Attributes:
+        verdict: `fails` (an assertion), `hangs`, `crashes` (any other exception, or the end of the process), `passes`,
+            `skipped` or `not run` (to its end).
+        exception: The exception's class.
+        message: Its message; of a skip, the reason; of what hangs, the stack.
+        example: Code of Hypothesis's shortest example, if it found one.
+    """
+
+    verdict: str
+    exception: str = ""
+    message: str = ""
+    example: str = ""
+
+
+def severity(finding: Finding) -> int:
+    """The larger, the worse."""
+    return VERDICTS.index(finding.verdict)
+
+
+def finding_of(error: BaseException) -> Finding:
+    """What an exception that ended a test says; of several that Hypothesis found, the most severe one."""
+    if isinstance(error, BaseExceptionGroup):
+        return max(map(finding_of, error.exceptions), key=severity)
+    if isinstance(error, RankFailure):
+        finding = max((_of_rank(report) for report in error.reports), key=severity)
+    else:
+        message = str(error) or _statement(error)
+        finding = Finding("fails" if isinstance(error, _ASSERTIONS) else "crashes", message=message)
+    return finding._replace(exception=type(error).__name__, example=_example(getattr(error, "__notes__", ())))
+
+
+def _statement(error: BaseException) -> str:
+    """The line that raised an exception, for one that has no message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].line or "" if frames else ""
+
+
+def _of_rank(report: RankReport) -> Finding:
+    """What a rank came to, with the end of its traceback."""
+    message = "\n".join([f"rank {report.rank} {report.outcome}", *report.detail.rstrip().splitlines()[-6:]])
+    if report.outcome == "raised":
+        is_assertion = re.search(r"^(\w+\.)*AssertionError\b", report.detail, re.MULTILINE)
+        return Finding("fails" if is_assertion else "crashes", message=message)
+    verdicts = {"finished": "passes", "skipped": "skipped", "died": "crashes", "hung": "hangs"}
+    return Finding(verdicts[report.outcome], message=message)
+
+
+def _example(notes: tuple[str, ...]) -> str:
+    """Hypothesis's shortest example as code, a call or a state machine's steps, from its notes on the exception."""
+    text = "\n".join(notes)
+    found = re.search(
+        r"^(?:Falsifying|Failing)[\w ]+:\s*(?:<state machine>)?(?P<code>.*?)\s*"
+        r"^(?:Explanation:.*?^)?You can reproduce.*?(?P<decorator>@reproduce_failure\(.*?\)) as",
+        text,
+        re.MULTILINE | re.DOTALL,
+    )
+    return f"{found['code'].strip()}\n# or: {found['decorator']}" if found else ""

@@ -1,0 +1,146 @@
+"""The suite's run, in processes of their own, that finds out what holds of an implementation."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from truestep_spec_tests.implementation import CALLBACKS
+from truestep_spec_tests.meta.specification import PACKAGE, statuses
+from truestep_spec_tests.verify.clauses import plugin
+from truestep_spec_tests.verify.clauses.findings import Finding
+
+NOT_RUN = Finding("not run", message="there was no time for it")
+
+USUAL = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+"""How pytest ends where it could run the tests, none of them included."""
+
+# More would not be faster: each runs worlds of several ranks.
+PROCESSES = min(os.cpu_count() or 1, 8)
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class OnProgress(Protocol):
+    """Is told now and then how many of the tests have ended."""
+
+    def __call__(self, *, completed: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A test that names clauses, and what became of it.
+
+    Attributes:
+        id: Its id, relative to the suite's folder.
+        clauses: What it names.
+        finding: What it found.
+    """
+
+    id: str
+    clauses: tuple[str, ...]
+    finding: Finding
+
+    def is_called(self, name: str) -> bool:
+        """Whether this is its id, with or without parameters."""
+        return self.id == name or self.id.startswith(f"{name}[")
+
+
+def run(
+    implementation: str, clauses: Iterable[str], timeout: float, seconds: float, log: Path, on_progress: OnProgress
+) -> list[Outcome]:
+    """Run all tests that name one of some clauses.
+
+    Args:
+        implementation: What is tested.
+        clauses: The clauses.
+        timeout: Seconds that one test may take.
+        seconds: Seconds that all may take together.
+        log: A file for what pytest says.
+        on_progress: Is told how far it is.
+
+    Returns:
+        The tests in the files of the clauses' callbacks that name a clause, whichever; those that name none of these
+        clauses, and those that the time did not suffice for, are not run.
+
+    Raises:
+        RuntimeError: pytest could not run the tests.
+    """
+    chosen = set(clauses)
+    with tempfile.TemporaryDirectory(prefix="truestep-clauses-", ignore_cleanup_errors=True) as name:
+        directory = Path(name)
+        with _started(_command(implementation, chosen, timeout, directory), directory, log) as child:
+            end = time.monotonic() + seconds
+            while child.poll() is None and time.monotonic() < end:
+                time.sleep(0.5)
+                tests = _read(directory)
+                ended = sum(test.finding != NOT_RUN for test in tests)
+                on_progress(completed=ended, total=sum(not chosen.isdisjoint(test.clauses) for test in tests))
+            if child.poll() not in (None, *USUAL):
+                raise RuntimeError(f"pytest ended with exit code {child.returncode}; what it says is in {log}")
+        if not (directory / plugin.TESTS).is_file():
+            raise RuntimeError(f"{seconds:g} s were not enough to find the tests; what pytest says is in {log}")
+        return _read(directory)
+
+
+def _command(implementation: str, clauses: Iterable[str], timeout: float, directory: Path) -> list[str]:
+    callbacks = {statuses()[clause.partition("-")[0]][0] for clause in clauses}
+    files = [
+        file
+        for folder in ("properties", "differential")
+        for callback in callbacks
+        for file in sorted((PACKAGE / folder).glob(f"test_{CALLBACKS[callback]}*.py"))
+    ]
+    return [
+        *(sys.executable, "-m", "pytest", *map(str, files), str(PACKAGE / "meta" / "test_signatures.py")),
+        *(f"--rootdir={PACKAGE}", f"--config-file={os.devnull}", "--import-mode=importlib"),
+        *("--strict-markers", "--override-ini=verbosity_assertions=2"),
+        *("-p", "no:cacheprovider", "-p", plugin.__name__, f"--basetemp={directory / 'tmp'}"),
+        *(f"--numprocesses={PROCESSES}", f"--max-worker-restart={sys.maxsize}", f"--implementation={implementation}"),
+        *(f"--clauses-directory={directory}", f"--clauses-chosen={','.join(clauses)}", f"--clauses-timeout={timeout}"),
+    ]
+
+
+@contextmanager
+def _started(command: Sequence[str], directory: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends, with all that it started, when the context does."""
+    environment = ENVIRONMENT | os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            command,
+            cwd=directory,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield child
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def _read(directory: Path) -> list[Outcome]:
+    """The tests that name clauses, as far as they are known, with what they have found so far."""
+    collected = directory / plugin.TESTS
+    if not collected.is_file():
+        return []
+    clauses = json.loads(collected.read_text(encoding="utf-8"))
+    *lines, _ = (directory / plugin.FINDINGS).read_text(encoding="utf-8").split("\n")  # the last one is incomplete
+    findings = dict(map(json.loads, lines))
+    return [
+        Outcome(test, tuple(named), Finding(*findings.get(test, NOT_RUN))) for test, named in clauses.items() if named
+    ]
