@@ -17,7 +17,6 @@ Draw = Callable[[int, int, bool], list[Row]]
 """Draws for so many columns and rows, with or without more characters than those of ASCII."""
 
 # Only what every theme of a terminal defines for itself.
-PLAIN = Style()
 BOLD = Style(bold=True)
 DIM = Style(dim=True)
 DONE = Style(color="green")

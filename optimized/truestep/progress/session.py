@@ -79,24 +79,34 @@ class Session:
 
     def outcome(self) -> list[str]:
         """How far it has come, and in which time, in parts of a line."""
-        view, elapsed = self._progress.view, time.monotonic() - self._begun
+        view = self._progress.view
         how = "interrupted" if self.is_interrupted else "ended"
         if view.training is None:
-            return [f"{self.name_of_evaluation} {how}", f"{duration(elapsed)} elapsed"]
+            return [f"{self.name_of_evaluation} {how}", f"{duration(self._elapsed)} elapsed"]
         first, *others = position(view)
         return [f"training {how} at {first}", *others, *self.times()]
 
     def times(self) -> list[str]:
         """The time so far, and the mean rate, in parts of a line."""
-        elapsed, steps = time.monotonic() - self._begun, self._progress.position[0] - self._first
+        elapsed, steps = self._elapsed, self._steps
         return [f"{duration(elapsed)} elapsed", *([speed(steps / elapsed)] if steps > 0 and elapsed > 0 else [])]
 
     def time_left(self) -> list[str]:
         """The time that is left at the mean rate, if that is known, as a part of a line."""
-        training, steps = self._progress.training, self._progress.position[0] - self._first
+        training, steps = self._progress.training, self._steps
         if training is None or training.total is None or steps <= 0:
             return []
-        return [f"{duration((training.total - training.completed) * (time.monotonic() - self._begun) / steps)} left"]
+        return [f"{duration((training.total - training.completed) * self._elapsed / steps)} left"]
+
+    @property
+    def _elapsed(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self._begun
+
+    @property
+    def _steps(self) -> int:
+        """Steps since it began."""
+        return self._progress.position[0] - self._first
 
     def _ages(self, now: float) -> tuple[int, int | None]:
         """Whole seconds since it began, and since the last log: both change together, and nothing is drawn twice."""
