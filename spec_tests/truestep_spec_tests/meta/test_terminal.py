@@ -176,7 +176,7 @@ def test_a_setting_that_a_program_leaves_is_seen(
 
 
 def test_a_program_that_hangs_is_shown_with_its_stack_and_ended(tmp_path: Path) -> None:
-    with Terminal() as terminal:
+    with Terminal(columns=1000) as terminal:  # the stack's lines are as long as the path of the tree
         program = terminal.start(hold_lock_for_ever, tmp_path / "lock")
         terminal.wait_for("waiting")
         with pytest.raises(AssertionError, match=r"(?s)hold_lock_for_ever still runs .*\nwaiting\n.* in wait_for_ever"):
