@@ -120,5 +120,5 @@ def assert_in_lockstep(outcomes: Sequence[Outcome], steps: int) -> None:
     """All steps were compared, on every rank to the same result, and nothing was found."""
     for outcome in outcomes:
         assert outcome.comparisons.divergence is None, str(outcome.comparisons.divergence)
-        assert list(range(steps + 1)) == list(outcome.comparisons.ratios)
-        assert outcomes[0].comparisons.ratios == outcome.comparisons.ratios
+        assert list(range(steps + 1)) == list(outcome.comparisons.steps)
+        assert outcomes[0].comparisons.steps == outcome.comparisons.steps

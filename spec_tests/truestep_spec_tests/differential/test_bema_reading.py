@@ -409,7 +409,7 @@ def test_each_training_begins_afresh_also_after_one_that_an_exception_ended(
     arguments = {"update_freq": 2, "update_after": 1}
     setup = Setup(implementation.name, topology, count, model="odd", steps=5, hyperparameters=arguments)
     for trainings in ranks(count).run(train_repeatedly, setup, tmp_path):
-        assert [len(comparisons.ratios) for comparisons in trainings] == [6, 4, 6]
+        assert [len(comparisons.steps) for comparisons in trainings] == [6, 4, 6]
         assert [comparisons.divergence for comparisons in trainings] == [None] * 3
 
 

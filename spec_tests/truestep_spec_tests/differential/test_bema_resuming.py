@@ -351,7 +351,7 @@ def test_without_an_index_the_main_process_warns_once_and_a_new_average_begins(
     assert "lost" in warning
     for comparisons in ranks(count).run(walk_in_lockstep, setup, tmp_path / "out", tmp_path / "reference", 4):
         assert comparisons.divergence is None, str(comparisons.divergence)
-        assert list(comparisons.ratios) == [4, 5, 6, 7, 8]
+        assert list(comparisons.steps) == [4, 5, 6, 7, 8]
 
 
 @pytest.mark.clause("BEMA-11")

@@ -54,22 +54,60 @@ class Divergence(NamedTuple):
         )
 
 
+class Comparison(NamedTuple):
+    """What the comparison at one step came to.
+
+    Attributes:
+        error: |subject − reference| at the element where it is largest against its bound; NaN where the subject is not
+            a number or shows nothing. Texts have no distance: infinite where they differ.
+        bound: What it may be at most there.
+        values: How many values were compared: parameters, or texts.
+        outside: How many of these are outside their bound somewhere.
+    """
+
+    error: float = 0.0
+    bound: float = 0.0
+    values: int = 0
+    outside: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """Error ÷ bound: 0 where there is no error, infinite where there may be none."""
+        if self.error == 0:
+            return 0.0
+        return math.inf if self.bound == 0 or math.isnan(self.error) else self.error / self.bound
+
+    @classmethod
+    def worst_of(
+        cls, comparisons: Iterable["Comparison"], counted: Callable[[Iterable[int]], int] = max
+    ) -> "Comparison":
+        """What several come to together.
+
+        Args:
+            comparisons: The comparisons.
+            counted: `max` if they are of the same values, on other ranks or at other events; `sum` if of others.
+        """
+        each = list(comparisons)
+        worst = max(each, key=lambda one: one.ratio, default=cls())
+        return worst._replace(values=counted(one.values for one in each), outside=counted(one.outside for one in each))
+
+
 @dataclass
 class Comparisons:
     """What a training in lockstep came to.
 
     Attributes:
-        ratios: For each compared step, its largest error ÷ bound over all elements.
+        steps: What each compared step came to.
         divergence: The first one, or None.
     """
 
-    ratios: dict[int, float] = field(default_factory=dict)
+    steps: dict[int, Comparison] = field(default_factory=dict)
     divergence: Divergence | None = None
 
     @property
     def worst(self) -> float:
         """The largest error ÷ bound of all steps."""
-        return max(self.ratios.values(), default=0.0)
+        return max((comparison.ratio for comparison in self.steps.values()), default=0.0)
 
 
 class Look(NamedTuple):
@@ -96,7 +134,10 @@ class Comparator(TrainerCallback):
 
     Attributes:
         comparisons: The results so far, the same on every rank.
+        has_distances: Whether what is compared has a distance, or can but differ, as texts can.
     """
+
+    has_distances = True
 
     def __init__(self, on_compared: OnCompared | None = None) -> None:
         self.comparisons = Comparisons()
@@ -129,50 +170,56 @@ class Comparator(TrainerCallback):
     def _compare(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         live = read_parameters(model)
         looks = list(self.looks(live, args, state, control, model=model, **kwargs))
-        worst, divergence = 0.0, None
+        compared: dict[str, Comparison] = {}
+        divergence = None
         for look in looks:
             for name, value in look.values.items():
                 shown, bound = look.shown.get(name), look.bounds[name]
-                ratio, found = _compare_one(state.global_step, name, shown, value, bound)
-                worst = max(worst, ratio)
+                one, found = _compare_one(state.global_step, name, shown, value, bound)
+                if one.error and not self.has_distances:
+                    one = one._replace(error=math.inf)
+                compared[name] = Comparison.worst_of([compared.get(name, one), one])
                 if divergence is None and found is not None:
                     divergence = self.explained(found, shown, value)
-        self._conclude(state.global_step, worst, divergence)
+        self._conclude(state.global_step, Comparison.worst_of(compared.values(), counted=sum), divergence)
         if self.comparisons.divergence is not None:
             control.should_training_stop = True
         if self._on_compared is not None:
             seen = {name: looks[0].shown[name] for name in looks[0].values if name in looks[0].shown}
             self._on_compared(state.global_step, self.followed(live, seen), seen)
 
-    def _conclude(self, step: int, worst: float, divergence: Divergence | None) -> None:
-        verdicts: list[Any] = [(worst, divergence)]
+    def _conclude(self, step: int, comparison: Comparison, divergence: Divergence | None) -> None:
+        verdicts: list[Any] = [(comparison, divergence)]
         if dist.is_initialized():
             verdicts = [None] * dist.get_world_size()
-            dist.all_gather_object(verdicts, (worst, divergence))
-        self.comparisons.ratios[step] = max(worst for worst, _ in verdicts)
+            dist.all_gather_object(verdicts, (comparison, divergence))
+        before = self.comparisons.steps.get(step, Comparison())
+        self.comparisons.steps[step] = Comparison.worst_of([*(one for one, _ in verdicts), before])
         if self.comparisons.divergence is None:
             self.comparisons.divergence = next((found for _, found in verdicts if found is not None), None)
 
 
 def _compare_one(
     step: int, name: str, shown: Tensor | None, value: Tensor, bound: Tensor
-) -> tuple[float, Divergence | None]:
+) -> tuple[Comparison, Divergence | None]:
     if shown is None or shown.shape != value.shape:
-        return math.inf, Divergence(step, _rank(), name, (), math.nan, math.nan, 0.0, "nothing of that shape")
+        divergence = Divergence(step, _rank(), name, (), math.nan, math.nan, 0.0, "nothing of that shape")
+        return Comparison(math.nan, 0.0, 1, 1), divergence
     if value.numel() == 0:
-        return 0.0, None
+        return Comparison(values=1), None
     seen = shown.to(value.device, torch.float64)
-    error = (seen - value).abs()
     # Where the reference is not finite its bound claims nothing, but NaN stays NaN.
     unclaimed = ~bound.isfinite() | (~value.isfinite() & (seen.isnan() == value.isnan()))
-    ratio = torch.where((seen == value) | unclaimed, 0.0, error / bound)
-    ratio = ratio.nan_to_num(nan=math.inf, posinf=math.inf).flatten()
-    worst = int(ratio.argmax())
-    if ratio[worst] <= 1:
-        return float(ratio[worst]), None
+    error = torch.where((seen == value) | unclaimed, 0.0, (seen - value).abs())
+    ratio = torch.where(error == 0, 0.0, error / bound)
+    worst = int(ratio.nan_to_num(nan=math.inf, posinf=math.inf).argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), value.shape))
+    comparison = Comparison(float(error[index]), float(bound[index]), 1)
+    if comparison.ratio <= 1:
+        return comparison, None
     at = (float(tensor[index]) for tensor in (shown, value, bound))
-    return float(ratio[worst]), Divergence(step, _rank(), name, index, *at, str(shown.dtype).removeprefix("torch."))
+    divergence = Divergence(step, _rank(), name, index, *at, str(shown.dtype).removeprefix("torch."))
+    return comparison._replace(outside=1), divergence
 
 
 def _rank() -> int:

@@ -16,6 +16,7 @@ class TextComparator(Comparator):
         count: The name under which that number is compared.
     """
 
+    has_distances = False
     count: str
 
     def texts(self, args: Any, state: Any) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:

@@ -28,6 +28,12 @@ def titles() -> dict[str, str]:
     return dict(re.findall(r"^\*\*([A-Z]+-\d+)\*\* \*([^*]+)\.\*", text(), flags=re.MULTILINE))
 
 
+def bodies() -> dict[str, str]:
+    """Id of each clause → what it says after its title, in Markdown: up to the next clause or heading."""
+    clause = r"^\*\*([A-Z]+-\d+)\*\* \*[^*]+\.\*\s+(.*?)\s*(?=^\*\*[A-Z]+-\d+\*\*|^#+ |\Z)"
+    return dict(re.findall(clause, text(), flags=re.MULTILINE | re.DOTALL))
+
+
 def statuses() -> dict[str, tuple[str, str]]:
     """The section "Status": prefix of the clauses → name of the callback, and whether it is implemented."""
     rows = re.findall(r"^\| `([A-Z]+)` \| `(\w+)` \| (\w+) \|$", text(), flags=re.MULTILINE)

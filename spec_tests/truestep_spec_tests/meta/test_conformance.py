@@ -1,4 +1,4 @@
-"""`truestep verify --clauses`: what it says of an implementation that is wrong in every way that there is."""
+"""The clauses of `truestep verify`: what it says of an implementation that is wrong in every way that there is."""
 
 import contextlib
 import io
@@ -17,11 +17,12 @@ from rich.console import Console
 from truestep_fixtures.ranks import RankFailure, RankReport
 
 from truestep_spec_tests.meta import specification
-from truestep_spec_tests.verify.clauses.display import show
+from truestep_spec_tests.verify.clauses.display import show_clauses
 from truestep_spec_tests.verify.clauses.findings import Finding, finding_of
 from truestep_spec_tests.verify.clauses.running import NOT_RUN, Outcome
-from truestep_spec_tests.verify.clauses.verdicts import judge, known_failures, unmet
+from truestep_spec_tests.verify.clauses.verdicts import judge
 from truestep_spec_tests.verify.command import main
+from truestep_spec_tests.verify.expectations import Expectations
 
 WRONG = """
 import os, time
@@ -39,6 +40,8 @@ class RichProgressCallback(Right):
             super().__init__(plain_percent=plain_percent, plain_seconds=plain_seconds)
 """
 """An implementation whose constructor ends the process, hangs, raises or takes too much."""
+
+NOTHING = Expectations()
 
 CONSTRUCTOR = (
     "properties/test_rich_progress_subject.py::"
@@ -68,7 +71,7 @@ def verify(directory: Path, arguments: str) -> Said:
         patch.syspath_prepend(directory)
         patch.setenv("COLUMNS", "80")
         status = main(["--clauses", *arguments.split()])
-    report = json.loads((directory / "truestep-verify" / "clauses.json").read_text(encoding="utf-8"))
+    report = json.loads((directory / "truestep-verify" / "report.json").read_text(encoding="utf-8"))
     return Said(status, printed.getvalue(), report)
 
 
@@ -128,7 +131,7 @@ def test_a_failing_clause_has_the_shortest_evidence_and_the_command_that_repeats
 
 @pytest.mark.parametrize(
     ("known", "status", "printed"),
-    [("BEMA-1", 0, ""), ("BEMA-99", 1, "BEMA-99: there is no such clause or test")],
+    [("BEMA-1", 0, ""), ("BEMA-99", 1, "known failures: BEMA-99: there is no such clause, test or training")],
 )
 def test_what_is_not_offered_is_no_failure_but_a_known_failure_of_nothing_is(
     tmp_path: Path, known: str, status: int, printed: str
@@ -208,7 +211,7 @@ def test_hypothesiss_shortest_example_is_shown_as_code(
     with pytest.raises(AssertionError) as raised:
         finds()
     evidence = Outcome("a.py::test_a", ("RICH-3",), finding_of(raised.value))
-    show(Console(), [judge("RICH-3", [evidence])], "mine")
+    show_clauses(Console(), [judge("RICH-3", [evidence], NOTHING.has_test)], "mine")
     _, said = capsys.readouterr().out.split("RICH-3: fails\n")
     expected = ["AssertionError", "  too large", "shortest example:", *(f"  {line}" for line in example)]
     *lines, reproduction, command = said.splitlines()
@@ -238,86 +241,43 @@ def outcome(verdict: str, test: str = "a.py::test_a", clause: str = "A-1", messa
     ],
 )
 def test_a_clause_has_the_worst_verdict_of_its_tests(found: list[str], verdict: str, note: str) -> None:
-    judged = judge("A-1", [outcome("fails", clause="A-2"), *(outcome(one, message="because") for one in found)])
+    judged = judge(
+        "A-1", [outcome("fails", clause="A-2"), *(outcome(one, message="because") for one in found)], NOTHING.has_test
+    )
     assert (verdict, note) == (judged.verdict, judged.note)
     assert judged.is_fine is (verdict in ("passes", "not tested"))
 
 
 def test_a_clause_that_there_was_no_time_for_is_not_tested_and_not_fine() -> None:
-    judged = judge("A-1", [outcome("passes"), Outcome("a.py::test_b", ("A-1",), NOT_RUN)])
+    judged = judge("A-1", [outcome("passes"), Outcome("a.py::test_b", ("A-1",), NOT_RUN)], NOTHING.has_test)
     assert (judged.verdict, judged.note, judged.is_fine) == ("not tested", "there was no time for it", False)
 
 
 def test_the_evidence_is_the_shortest_of_the_worst() -> None:
     short, long = (outcome("fails", message="x" * length) for length in (2, 20))
-    assert judge("A-1", [outcome("crashes", message="x"), long, short]).evidence == short
+    assert judge("A-1", [outcome("crashes", message="x"), long, short], NOTHING.has_test).evidence == short
 
 
 @pytest.mark.parametrize(
-    ("known", "verdict"),
+    ("known", "verdict", "is_known"),
     [
-        (["A-1"], "expected"),
-        (["a.py::test_a", "a.py::test_b"], "expected"),
-        (["a.py::test_a[0]", "a.py::test_b"], "expected"),
-        (["a.py::test_a"], "crashes"),
-        (["a.py::test_b", "A-2"], "fails"),
-        (["a.py::test", "A-11"], "fails"),
+        ((), "fails", False),
+        (("A-1",), "fails", True),
+        (("a.py::test_a", "a.py::test_b"), "fails", True),
+        (("a.py::test_a[0]", "a.py::test_b"), "fails", True),
+        (("a.py::test_a",), "crashes", False),
+        (("a.py::test_b", "A-2"), "fails", False),
+        (("a.py::test", "A-11"), "fails", False),
     ],
 )
-def test_what_is_known_to_fail_is_expected(known: list[str], verdict: str) -> None:
+def test_a_clause_is_known_to_fail_if_all_that_fails_of_it_is_known(
+    known: tuple[str, ...], verdict: str, is_known: bool
+) -> None:
     tests = [outcome("fails", "a.py::test_a[0]"), outcome("crashes", "a.py::test_b"), outcome("passes", "a.py::test_c")]
-    judged = judge("A-1", tests, frozenset(known))
-    assert verdict == judged.verdict
-    assert judged.is_fine is (judged.evidence is None) is (verdict == "expected")
-
-
-def test_known_failures_that_pass_or_are_nowhere_are_reported() -> None:
-    tests = [
-        outcome("passes", "a.py::test_a[0]"),
-        outcome("fails", "a.py::test_b", "A-2"),
-        outcome("skipped", "a.py::c"),
-    ]
-    verdicts = [judge(clause, tests) for clause in ("A-1", "A-2")]
-    elsewhere = "properties/test_bema.py::test_that_was_left_out"
-    known = ["A-1", "A-2", "A-3", "A-4", "a.py::test_a", "a.py::test_b", "a.py::test_c", "a.py::c", elsewhere]
-    assert unmet(known, verdicts, tests, ["A-1", "A-2", "A-3"]) == [
-        "A-1: passes now",
-        "A-4: there is no such clause or test",
-        "a.py::test_a: passes now",
-        "a.py::test_c: there is no such clause or test",
-    ]
-
-
-def test_ids_of_known_failures_stand_one_a_line_beside_comments(tmp_path: Path) -> None:
-    file = tmp_path / "known"
-    file.write_text("# a comment\nA-1\n\n  A-2  # another\na.py::test_a[b c#d]\n")
-    assert known_failures(file) == ["A-1", "A-2", "a.py::test_a[b c#d]"]
+    judged = judge("A-1", tests, Expectations(known).has_test)
+    assert (verdict, is_known) == (judged.verdict, judged.is_known)
+    assert judged.is_fine is is_known
 
 
 def test_every_clause_has_a_title() -> None:
     assert list(specification.titles()) == specification.clauses()
-
-
-# Of arguments
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--clauses --only RICH-99", "--only RICH-99: there is no such clause; there are BEMA, "),
-        ("--clauses --only RICH-", "--only RICH-: "),
-        ("--clauses --expect nowhere", "nowhere"),
-        ("--clauses --topology ddp", "--topology: cannot be given together with --clauses"),
-        ("--clauses --implementation json", "implementation='json': it has none of BEMACallback"),
-        ("--only RICH", "--only and --expect: can be given together with --clauses only"),
-    ],
-)
-def test_arguments_that_do_not_fit_exit_with_2_and_say_why(
-    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        main(arguments.split())
-    assert ended.value.code == 2
-    assert re.search(rf"truestep verify: error: .*{re.escape(message)}", capfd.readouterr().err)
-    assert list(tmp_path.iterdir()) == []

@@ -64,7 +64,7 @@ def test_the_tox_environments_that_documents_name_exist(checkout: Path) -> None:
 
 
 def test_the_readmes_verify_commands_are_understood(readme: str) -> None:
-    from truestep_spec_tests.verify.command import parser
+    from truestep_spec_tests.verify.arguments import parser
 
     found = [words for words in commands(readme) if "verify" in words and "tox" not in words]
     assert len(found) >= 3

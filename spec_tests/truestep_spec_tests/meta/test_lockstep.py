@@ -13,7 +13,7 @@ from torch import Tensor
 from truestep_fixtures.ranks import RankPool
 from truestep_reference import BEMACallback as ReferenceBEMACallback
 
-from truestep_spec_tests.lockstep import Comparisons, Divergence
+from truestep_spec_tests.lockstep import Comparison, Comparisons, Divergence
 from truestep_spec_tests.recording import Recorded, Recorder, Trajectory, draw
 from truestep_spec_tests.runs import Outcome, Setup, follow_in_lockstep, same_bits, train_in_lockstep
 
@@ -126,9 +126,10 @@ def divergence_of(subject: type[Right], ranks: Ranks, directory: Path) -> Diverg
     comparisons = compare(setup_of(subject), ranks, directory)
     divergence = comparisons.divergence
     assert divergence is not None
-    assert list(comparisons.ratios) == list(range(STEP + 1))
-    assert max(list(comparisons.ratios.values())[:STEP]) <= 1
+    assert list(comparisons.steps) == list(range(STEP + 1))
+    assert all(comparisons.steps[step].ratio <= 1 for step in range(STEP))
     assert comparisons.worst > 1
+    assert comparisons.steps[STEP].outside == 1
     assert (divergence.step, divergence.rank, divergence.parameter) == (STEP, RANK, PARAMETER)
     assert f"step {STEP}, rank {RANK}, {PARAMETER}[" in str(divergence)
     return divergence
@@ -140,20 +141,20 @@ def divergence_of(subject: type[Right], ranks: Ranks, directory: Path) -> Diverg
 def test_what_is_right_passes_at_every_step(ranks: Ranks, tmp_path: Path) -> None:
     comparisons = compare(setup_of(Right), ranks, tmp_path)
     assert comparisons.divergence is None
-    assert list(comparisons.ratios) == list(range(9))
+    assert list(comparisons.steps) == list(range(9))
     assert 0 < comparisons.worst <= 1
 
 
 def test_a_bound_of_zero_holds_equal_values(ranks: Ranks, tmp_path: Path) -> None:
     comparisons = compare(setup_of(Right), ranks, tmp_path)
     # Up to the first update, at step 3, nothing is computed.
-    assert [comparisons.ratios[step] for step in range(3)] == [0, 0, 0]
+    assert [comparisons.steps[step][:2] for step in range(3)] == [(0, 0)] * 3
 
 
 def test_the_largest_error_within_the_bound_passes(ranks: Ranks, tmp_path: Path) -> None:
     comparisons = compare(setup_of(WithinTheBound), ranks, tmp_path)
     assert comparisons.divergence is None
-    assert 0.5 < comparisons.ratios[STEP] <= 1
+    assert 0.5 < comparisons.steps[STEP].ratio <= 1
 
 
 def test_one_unit_in_the_last_place_more_is_reported_with_its_place(ranks: Ranks, tmp_path: Path) -> None:
@@ -203,14 +204,14 @@ def test_elements_that_overflow_in_the_trajectory_are_not_compared(ranks: Ranks,
 def test_a_real_training_ends_at_the_first_divergence(ranks: Ranks, tmp_path: Path) -> None:
     outcomes: list[Outcome] = ranks(2).run(train_in_lockstep, setup_of(BeyondTheBound), tmp_path)
     for outcome in outcomes:
-        assert list(outcome.comparisons.ratios) == list(range(STEP + 1))
+        assert list(outcome.comparisons.steps) == list(range(STEP + 1))
         assert outcome.comparisons.divergence is not None
         assert outcome.comparisons.divergence.rank == RANK
 
 
 def test_no_step_is_not_the_same_as_no_error() -> None:
     assert Comparisons().worst == 0.0
-    assert Comparisons({1: 0.25, 2: 0.5}).worst == 0.5
+    assert Comparisons({1: Comparison(1.0, 4.0), 2: Comparison(1.0, 2.0)}).worst == 0.5
 
 
 # ── Bits ──────────────────────────────────────────────────────────────────────

@@ -1,6 +1,7 @@
 """The comparison of completions can fail: a row that is wrong by a letter is reported, and nothing else is."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from truestep_fixtures.ranks import RankPool
 from truestep_reference import LogCompletionsCallback as ReferenceLogCompletionsCallback
 
-from truestep_spec_tests.lockstep import Comparisons
+from truestep_spec_tests.lockstep import Comparison, Comparisons
 from truestep_spec_tests.lockstep.log_completions import COUNT
 from truestep_spec_tests.observe import completions
 from truestep_spec_tests.recording import Recorded
@@ -131,7 +132,8 @@ def compare(setup: Setup, ranks: Ranks, directory: Path, function: Any = follow_
 def test_what_is_right_passes_at_every_step(subject: type[Any], function: Any, ranks: Ranks, tmp_path: Path) -> None:
     comparisons = compare(setup_of(subject), ranks, tmp_path, function)
     assert comparisons.divergence is None
-    assert comparisons.ratios == dict.fromkeys(range(6), 0.0)
+    assert list(comparisons.steps) == list(range(6))
+    assert comparisons.worst == 0.0
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,10 @@ def test_a_row_that_differs_is_shown_beside_the_one_that_is_right(
     comparisons = compare(setup_of(subject), ranks, tmp_path)
     divergence = comparisons.divergence
     assert divergence is not None
-    assert list(comparisons.ratios) == list(range(STEP + 1))
+    assert list(comparisons.steps) == list(range(STEP + 1))
+    # As many rows as are wrong, however far their letters are apart.
+    rows_outside = 1 + (subject is RowsExchanged)
+    assert comparisons.steps[STEP] == Comparison(math.inf, 0.0, values=ROW + 2, outside=rows_outside)
     assert divergence.step == STEP
     assert divergence.parameter == f"row {ROW - (subject is RowsExchanged)}"
     assert f"step {STEP}, rank 0, {divergence.parameter}: subject {{" in str(divergence)
@@ -165,7 +170,7 @@ def test_a_row_too_many_is_reported(ranks: Ranks, tmp_path: Path) -> None:
 
 def test_a_real_training_ends_at_the_first_divergence(ranks: Ranks, tmp_path: Path) -> None:
     comparisons = compare(setup_of(AnotherLetter), ranks, tmp_path, train_in_lockstep)
-    assert list(comparisons.ratios) == list(range(STEP + 1))
+    assert list(comparisons.steps) == list(range(STEP + 1))
 
 
 # ── One process ───────────────────────────────────────────────────────────────

@@ -151,7 +151,8 @@ def test_what_is_right_passes_at_every_step(
 ) -> None:
     comparisons = compare(setup_of(ReferenceWeaveCallback, prompts=prompts, scorers=scorers), ranks, tmp_path, function)
     assert comparisons.divergence is None
-    assert comparisons.ratios == dict.fromkeys(range(STEP + 1), 0.0)
+    assert list(comparisons.steps) == list(range(STEP + 1))
+    assert comparisons.worst == 0.0
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_what_differs_is_shown_beside_what_is_right(
     comparisons = compare(setup_of(subject), ranks, tmp_path)
     divergence = comparisons.divergence
     assert divergence is not None
-    assert list(comparisons.ratios) == list(range(STEP + 1))
+    assert list(comparisons.steps) == list(range(STEP + 1))
     assert (divergence.step, divergence.rank, divergence.parameter) == (STEP, 0, f"evaluation {LAST}, {part}")
     assert divergence.subject != divergence.reference
     assert f"step {STEP}, rank 0, evaluation {LAST}, {part}: subject {divergence.subject}, reference" in str(divergence)
@@ -191,7 +192,7 @@ def test_an_evaluation_too_many_is_reported(subject: type[Right], ranks: Ranks, 
 
 def test_a_real_training_ends_at_the_first_divergence(ranks: Ranks, tmp_path: Path) -> None:
     comparisons = compare(setup_of(AnotherLetter, steps=8), ranks, tmp_path, train_in_lockstep)
-    assert list(comparisons.ratios) == list(range(STEP + 1))
+    assert list(comparisons.steps) == list(range(STEP + 1))
 
 
 # ── One process ───────────────────────────────────────────────────────────────

@@ -25,8 +25,9 @@ from truestep_reference import LogCompletionsCallback as ReferenceLogCompletions
 from truestep_spec_tests.meta.mutants import MUTANTS
 from truestep_spec_tests.meta.mutants.patch import copy_package
 from truestep_spec_tests.meta.verify_cases import QUICK, assert_one_of_two_ranks_reports, report, rows
+from truestep_spec_tests.verify.arguments import understand
 from truestep_spec_tests.verify.command import main
-from truestep_spec_tests.verify.plan import plan
+from truestep_spec_tests.verify.trainings.plan import plan
 
 # Of arguments: the exit status and what is printed.
 Verify = Callable[[str], tuple[int, str]]
@@ -71,13 +72,17 @@ def test_a_run_that_equals_the_reference_exits_with_0_and_leaves_a_report(
     assert only["steps_compared"] == 5
     assert f"{only['largest_error_over_bound']:.3f}" == ratio
     assert 0 < only["largest_error_over_bound"] <= 1
-    assert list(only["error_over_bound_by_step"]) == ["0", "1", "2", "3", "4"]
+    assert list(only["steps"]) == ["0", "1", "2", "3", "4"]
+    for step in only["steps"].values():
+        assert step["ratio"] == (step["error"] / step["bound"] if step["error"] else 0)
+    assert max(step["ratio"] for step in only["steps"].values()) == only["largest_error_over_bound"]
     assert only["divergence"] is only["bitwise_difference"] is only["replay"] is None
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["report.json"]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"index.html", "report.json"}
+    assert "report: out/index.html, out/report.json\n" in printed
 
 
 def test_completions_are_compared_in_float64_and_have_no_error_at_all(verify: Verify, tmp_path: Path) -> None:
-    status, printed = verify("--callback LogCompletionsCallback --topology single --steps 4 --output out")
+    status, printed = verify("--callback LogCompletionsCallback --topology single --steps 4 --report out")
     assert status == 0
     ((*row, ratio, bitwise, _, verdict),) = rows(printed)
     assert row == ["LOGC", "single", "1", "float64", "5"]
@@ -94,14 +99,14 @@ class AnotherLetter(ReferenceLogCompletionsCallback):
 
 def test_a_row_that_diverges_is_printed_and_can_be_replayed(verify: Verify, tmp_path: Path) -> None:
     implementation = f"LogCompletionsCallback={__name__}.{AnotherLetter.__name__}"
-    status, printed = verify(f"--implementation {implementation} --topology ddp --ranks 2 --steps 2 --output out")
+    status, printed = verify(f"--implementation {implementation} --topology ddp --ranks 2 --steps 2 --report out")
     assert status == 1
     assert rows(printed)[0][-1] == "diverges"
     (only,) = report(tmp_path)["runs"]
     where, subject = "step 1, rank 0, row 0: subject ", only["divergence"]["subject"]
     assert f"{where}{subject}, reference {subject.replace('!', '')}" in printed
     (replay,) = re.findall(r"^truestep verify (--replay \S+)$", printed, flags=re.MULTILINE)
-    status, printed = verify(f"{replay} --output out")
+    status, printed = verify(f"{replay} --report out")
     assert status == 1
     assert where in printed
     assert report(tmp_path)["runs"][0]["divergence"] == only["divergence"]
@@ -123,7 +128,7 @@ def test_a_divergence_exits_with_1_and_can_be_replayed(verify: Verify, tmp_path:
         assert shown in printed
     assert re.search(r"bound \d", printed)
     (replay,) = re.findall(r"^truestep verify (--replay \S+)$", printed, flags=re.MULTILINE)
-    status, printed = verify(f"{replay} --output out")
+    status, printed = verify(f"{replay} --report out")
     assert status == 1
     assert where in printed
     assert report(tmp_path)["runs"][0]["divergence"] == divergence
@@ -207,6 +212,37 @@ def test_a_model_of_ones_own_is_taken_from_its_directory(verify: Verify, tmp_pat
     assert report(tmp_path)["runs"][0]["setup"]["model"] == "mine"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("", ["trainings"]),
+        ("--seed 3 --callback BEMACallback", ["trainings"]),
+        ("--implementation truestep", ["trainings", "clauses"]),
+        ("--implementation trl --expect known --report out --markdown out.md", ["trainings", "clauses"]),
+        ("--implementation trl --topology ddp", ["trainings"]),
+        ("--replay file", ["trainings"]),
+        ("--implementation trl --trainings", ["trainings"]),
+        ("--only RICH", ["clauses"]),
+        ("--implementation trl --clauses", ["clauses"]),
+        ("--only RICH-3 --ranks 2", ["trainings", "clauses"]),
+    ],
+)
+def test_arguments_of_one_part_leave_the_other_out(arguments: str, parts: list[str]) -> None:
+    options = understand(arguments.split())
+    assert parts == [part for part in ("trainings", "clauses") if getattr(options, part)]
+
+
+def test_under_a_launcher_there_are_trainings_only(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not understand(["--implementation", "truestep"]).clauses
+    with pytest.raises(SystemExit):
+        understand(["--only", "RICH"])
+    assert "--clauses, --only and --time: tests start ranks of their own" in capfd.readouterr().err
+
+
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working directory with files that are no trajectories."""
@@ -224,8 +260,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--callback BEMACallback --implementation truestep_reference.ref_sync", "--callback BEMACallback: "),
         ("--callback NoSuchCallback", "argument --callback: invalid choice: 'NoSuchCallback'"),
         ("--topology ring", "argument --topology: invalid choice: 'ring'"),
-        ("--topology single --ranks 2", "--topology, --ranks and --dtype: no run has these together"),
-        ("--topology ddp --ranks 1", "--topology, --ranks and --dtype: no run has these together"),
+        ("--topology single --ranks 2", "--topology, --ranks and --dtype: no training has these together"),
+        ("--topology ddp --ranks 1", "--topology, --ranks and --dtype: no training has these together"),
         ("--callback LogCompletionsCallback --dtype float32", "LogCompletionsCallback is compared in float64"),
         ("--ranks 0", "--ranks 0: "),
         ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
@@ -236,6 +272,11 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--replay text", "text"),
         ("--replay model.safetensors", "model.safetensors: not a trajectory"),
         ("--no-such-option", "unrecognized arguments: --no-such-option"),
+        ("--only RICH-99", "--only RICH-99: there is no such clause; there are BEMA, "),
+        ("--only RICH-", "--only RICH-: "),
+        ("--only RICH --callback BEMACallback", "--only RICH: --callback BEMACallback has other clauses"),
+        ("--clauses --expect nowhere", "nowhere"),
+        ("--clauses --implementation json", "implementation='json': it has none of BEMACallback"),
     ],
 )
 def test_arguments_that_do_not_fit_exit_with_2_and_say_why(

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from truestep_spec_tests.verify.display import SHORT
+from truestep_spec_tests.verify.trainings.plan import SHORT
 
-QUICK = "--callback BEMACallback --dtype float32 --steps 4 --output out"
+QUICK = "--callback BEMACallback --dtype float32 --steps 4 --report out"
 
 
 def report(directory: Path) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""`truestep verify`: real trainings in lockstep with the reference, as an installed program runs them."""
+"""`truestep verify`: whether an implementation does what SPEC.md says, as an installed program finds out."""

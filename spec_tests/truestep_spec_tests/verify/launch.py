@@ -124,5 +124,9 @@ def launcher(timeout: float) -> Launcher:
     Args:
         timeout: Seconds that one run may take in a pool.
     """
-    started_by_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    return ExistingWorld(timeout) if started_by_launcher else LocalPools(timeout)
+    return ExistingWorld(timeout) if is_rank() else LocalPools(timeout)
+
+
+def is_rank() -> bool:
+    """Whether a launcher has started this process as one rank of a world."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ

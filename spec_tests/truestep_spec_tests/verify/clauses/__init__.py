@@ -1,1 +1,1 @@
-"""`truestep verify --clauses`: what SPEC.md says, clause by clause, of any implementation."""
+"""The clauses of SPEC.md, as the tests of the suite find that an implementation holds them."""

@@ -13,7 +13,7 @@ from truestep_spec_tests.meta.specification import PACKAGE, titles
 from truestep_spec_tests.verify.clauses.running import Outcome
 from truestep_spec_tests.verify.clauses.verdicts import Verdict
 
-COLOURS = {"passes": "green", "fails": "red", "crashes": "red", "hangs": "red", "expected": "yellow"}
+COLOURS = {"passes": "green", "fails": "red", "crashes": "red", "hangs": "red"}
 
 
 def progress(console: Console) -> Progress:
@@ -22,17 +22,19 @@ def progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def show(console: Console, verdicts: Sequence[Verdict], implementation: str) -> None:
+def show_clauses(console: Console, verdicts: Sequence[Verdict], implementation: str) -> None:
     """Print the table, and below it the evidence against each clause that does not hold."""
     table = Table("clause", "title", "verdict", "tests", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     title = titles()
     for verdict in verdicts:
-        coloured = f"[{COLOURS.get(verdict.verdict, 'dim')}]{verdict.verdict}[/]"
+        colour = "yellow" if verdict.is_known else COLOURS.get(verdict.verdict, "dim")
+        coloured = f"[{colour}]{verdict.verdict}[/]"
         table.add_row(verdict.clause, title[verdict.clause], coloured, escape(verdict.note))
     console.print(table)
     console.print("A test that fails does so for every clause that it names.", style="dim")
-    for test in dict.fromkeys(verdict.evidence for verdict in verdicts if verdict.evidence is not None):
-        clauses = ", ".join(verdict.clause for verdict in verdicts if verdict.evidence == test)
+    surprising = [verdict for verdict in verdicts if not verdict.is_known]
+    for test in dict.fromkeys(verdict.evidence for verdict in surprising if verdict.evidence is not None):
+        clauses = ", ".join(verdict.clause for verdict in surprising if verdict.evidence == test)
         console.print(f"\n[red]{clauses}: {test.finding.verdict}[/]")
         for line in (*_evidence(test), command(test, implementation)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -56,8 +56,8 @@ def _statement(error: BaseException) -> str:
 
 
 def _of_rank(report: RankReport) -> Finding:
-    """What a rank came to, with the end of its traceback."""
-    message = "\n".join([f"rank {report.rank} {report.outcome}", *report.detail.rstrip().splitlines()[-6:]])
+    """What a rank came to."""
+    message = report.shortened()
     if report.outcome == "raised":
         is_assertion = re.search(r"^(\w+\.)*AssertionError\b", report.detail, re.MULTILINE)
         return Finding("fails" if is_assertion else "crashes", message=message)

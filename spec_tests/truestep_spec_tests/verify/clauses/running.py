@@ -57,13 +57,21 @@ class Outcome:
 
 
 def run(
-    implementation: str, clauses: Iterable[str], timeout: float, seconds: float, log: Path, on_progress: OnProgress
+    implementation: str,
+    clauses: Iterable[str],
+    *,
+    seed: int,
+    timeout: float,
+    seconds: float,
+    log: Path,
+    on_progress: OnProgress,
 ) -> list[Outcome]:
     """Run all tests that name one of some clauses.
 
     Args:
         implementation: What is tested.
         clauses: The clauses.
+        seed: Seeds Hypothesis's examples.
         timeout: Seconds that one test may take.
         seconds: Seconds that all may take together.
         log: A file for what pytest says.
@@ -79,7 +87,7 @@ def run(
     chosen = set(clauses)
     with tempfile.TemporaryDirectory(prefix="truestep-clauses-", ignore_cleanup_errors=True) as name:
         directory = Path(name)
-        with _started(_command(implementation, chosen, timeout, directory), directory, log) as child:
+        with _started(_command(implementation, chosen, seed, timeout, directory), directory, log) as child:
             end = time.monotonic() + seconds
             while child.poll() is None and time.monotonic() < end:
                 time.sleep(0.5)
@@ -93,7 +101,7 @@ def run(
         return _read(directory)
 
 
-def _command(implementation: str, clauses: Iterable[str], timeout: float, directory: Path) -> list[str]:
+def _command(implementation: str, clauses: Iterable[str], seed: int, timeout: float, directory: Path) -> list[str]:
     callbacks = {statuses()[clause.partition("-")[0]][0] for clause in clauses}
     files = [
         file
@@ -107,6 +115,7 @@ def _command(implementation: str, clauses: Iterable[str], timeout: float, direct
         *("--strict-markers", "--override-ini=verbosity_assertions=2"),
         *("-p", "no:cacheprovider", "-p", plugin.__name__, f"--basetemp={directory / 'tmp'}"),
         *(f"--numprocesses={PROCESSES}", f"--max-worker-restart={sys.maxsize}", f"--implementation={implementation}"),
+        f"--hypothesis-seed={seed}",
         *(f"--clauses-directory={directory}", f"--clauses-chosen={','.join(clauses)}", f"--clauses-timeout={timeout}"),
     ]
 

@@ -1,6 +1,6 @@
-"""What a verification shows: progress while it runs, a table at the end."""
+"""What trainings show: progress while they run, a table at the end, and what does not equal the reference."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -10,19 +10,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
-from truestep_fixtures.ranks import RankFailure
 
 from truestep_spec_tests.runs import Setup
-from truestep_spec_tests.verify.check import Result
-
-SHORT = {
-    "BEMACallback": "BEMA",
-    "SyncRefModelCallback": "SYNC",
-    "LogCompletionsCallback": "LOGC",
-    "WeaveCallback": "WEAVE",
-    "RichProgressCallback": "RICH",
-}
-"""What callbacks are called in the table: as their clauses are in SPEC.md."""
+from truestep_spec_tests.verify.trainings.check import Result
+from truestep_spec_tests.verify.trainings.plan import SHORT, identity
 
 COLOURS = {"equal": "green", "diverges": "red", "differs": "red", "stops early": "red", "crashes": "red"}
 
@@ -82,8 +73,8 @@ class Display:
             self._console.print(f"{_name(result.setup)}: {result.verdict}", soft_wrap=True)
 
 
-def show(console: Console, results: Sequence[Result], environment: dict[str, str]) -> None:
-    """Print the table of all runs, what they ran on, and the details of each failure."""
+def show_trainings(console: Console, results: Sequence[Result], is_known: Callable[[Setup], bool]) -> None:
+    """Print the table of all trainings, and the details of each failure that was not known."""
     # Nine columns that fit into 80 characters.
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
     for heading in (
@@ -100,17 +91,15 @@ def show(console: Console, results: Sequence[Result], environment: dict[str, str
         numeric = heading in ("ranks", "steps", "error ÷\nbound", "seconds")
         table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
     for result in results:
-        setup, comparisons = result.setup, result.comparisons
+        comparisons = result.comparisons
+        colour = "yellow" if is_known(result.setup) and not result.passed else COLOURS[result.verdict]
         table.add_row(
-            SHORT[setup.callback],
-            setup.topology,
-            str(setup.ranks),
-            setup.dtype,
-            "–" if comparisons is None else str(len(comparisons.ratios)),
+            *identity(result.setup),
+            "–" if comparisons is None else str(len(comparisons.steps)),
             "–" if comparisons is None else f"{comparisons.worst:.3f}",
             "–" if comparisons is None else ("no" if result.difference else "yes"),
             "–" if comparisons is None else f"{result.seconds:.1f}",
-            f"[{COLOURS[result.verdict]}]{result.verdict}[/]",
+            f"[{colour}]{result.verdict}[/]",
         )
     console.print(table)
     console.print(
@@ -119,27 +108,19 @@ def show(console: Console, results: Sequence[Result], environment: dict[str, str
         "bars, bit by bit",
         style="dim",
     )
-    console.print(", ".join(f"{name} {value}" for name, value in environment.items()), style="dim", soft_wrap=True)
     for result in results:
-        if not result.passed:
+        if not result.passed and not is_known(result.setup):
             _explain(console, result)
 
 
 def _explain(console: Console, result: Result) -> None:
     console.print(f"\n[red]{_name(result.setup)} {result.verdict}[/]")
-    for detail in (result.divergence, result.difference, result.crash and _shortened(result.crash)):
+    reports = result.crash.reports if result.crash is not None else ()
+    for detail in (result.divergence, result.difference, *(report.shortened() for report in reports)):
         if detail is not None:
             console.print(escape(str(detail)), soft_wrap=True)
     if result.replay is not None:
         console.print(f"truestep verify --replay {escape(str(result.replay))}", soft_wrap=True)
-
-
-def _shortened(crash: RankFailure, lines: int = 6) -> str:
-    """What became of each rank, with the end of its traceback; all of it is in the report."""
-    return "\n".join(
-        "\n".join([f"rank {report.rank} {report.outcome}", *report.detail.rstrip().splitlines()[-lines:]])
-        for report in crash.reports
-    )
 
 
 def _name(setup: Setup) -> str:

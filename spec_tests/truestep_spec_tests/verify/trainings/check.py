@@ -1,13 +1,13 @@
 """One run of a verification and what came of it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from truestep_fixtures.ranks import RankFailure
 
-from truestep_spec_tests.lockstep import Comparisons, Divergence
+from truestep_spec_tests.lockstep import Comparison, Comparisons, Divergence
 from truestep_spec_tests.recording import Recorded, Trajectory
 from truestep_spec_tests.runs import (
     Outcome,
@@ -25,7 +25,7 @@ class Result:
 
     Attributes:
         setup: The run.
-        comparisons: Subject against reference, the same on every rank; None if the run crashed.
+        comparisons: Subject against reference, the same on every rank; None if they did not come to an end.
         seconds: Of the slowest rank.
         difference: Where what it shows differs from what a single process has on the same trajectory, if it does.
         crash: Every rank's report, if the run crashed.
@@ -51,7 +51,7 @@ class Result:
             return "crashes"
         if self.divergence is not None:
             return "diverges"
-        if self.comparisons is None or len(self.comparisons.ratios) != self.setup.steps + 1:
+        if self.comparisons is None or len(self.comparisons.steps) != self.setup.steps + 1:
             return "stops early"
         return "equal" if self.difference is None else "differs"
 
@@ -68,15 +68,20 @@ class Result:
             "callback": self.setup.callback,
             "setup": self.setup.as_dict(),
             "verdict": self.verdict,
-            "steps_compared": len(comparisons.ratios),
+            "steps_compared": len(comparisons.steps),
             "largest_error_over_bound": None if self.comparisons is None else _in_json(comparisons.worst),
-            "error_over_bound_by_step": {step: _in_json(ratio) for step, ratio in comparisons.ratios.items()},
+            "steps": {step: _of_step(comparison) for step, comparison in comparisons.steps.items()},
             "divergence": {what: _in_json(value) for what, value in divergence.items()} or None,
             "bitwise_difference": self.difference,
             "crash": None if self.crash is None else str(self.crash),
             "replay": None if self.replay is None else str(self.replay),
             "seconds": None if math.isnan(self.seconds) else round(self.seconds, 3),
         }
+
+
+def _of_step(comparison: Comparison) -> dict[str, Any]:
+    shown = comparison._asdict() | {"ratio": comparison.ratio}
+    return {what: _in_json(value) for what, value in shown.items()}
 
 
 def _in_json(value: Any) -> Any:
@@ -104,10 +109,14 @@ def check(setup: Setup, launcher: Launcher, directory: Path, counter: Path, traj
             outcomes = launcher.run(
                 setup.ranks, follow_in_lockstep, setup, directory, trajectory, recording=recording, counter=counter
             )
-        difference = launcher.run_alone(first_difference_in_one_process, setup, recording, directory / "alone")
     except RankFailure as failure:
         return Result(setup, crash=failure)
-    return Result(setup, outcomes[0].comparisons, max(outcome.seconds for outcome in outcomes), difference)
+    compared = Result(setup, outcomes[0].comparisons, max(outcome.seconds for outcome in outcomes))
+    try:
+        difference = launcher.run_alone(first_difference_in_one_process, setup, recording, directory / "alone")
+    except RankFailure as failure:
+        return replace(compared, crash=failure)
+    return replace(compared, difference=difference)
 
 
 def keep_for_replay(result: Result, directory: Path, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which runs a verification consists of."""
+"""Which trainings a verification consists of."""
 
 import itertools
 import random
@@ -14,6 +14,15 @@ from truestep_spec_tests.runs import Setup
 RANKS = (2, 3)
 """World sizes of topologies with several ranks. On 3 ranks nothing divides evenly."""
 
+SHORT = {
+    "BEMACallback": "BEMA",
+    "SyncRefModelCallback": "SYNC",
+    "LogCompletionsCallback": "LOGC",
+    "WeaveCallback": "WEAVE",
+    "RichProgressCallback": "RICH",
+}
+"""What callbacks are called where there is little room: as their clauses are in SPEC.md."""
+
 DTYPES = ("float32", "bfloat16", "float64")
 
 WEAVE = (("single", 1), ("ddp", 2), ("zero3", 2), ("fsdp2", 2))
@@ -21,6 +30,11 @@ WEAVE = (("single", 1), ("ddp", 2), ("zero3", 2), ("fsdp2", 2))
 
 RICH = (("single", 1), ("ddp", 2), ("zero3", 2))
 """Topologies and world sizes of the runs of a progress display."""
+
+
+def identity(setup: Setup) -> tuple[str, str, str, str]:
+    """What tells a training from all others of a verification: callback, topology, ranks and dtype."""
+    return SHORT[setup.callback], setup.topology, str(setup.ranks), setup.dtype
 
 
 def plan(

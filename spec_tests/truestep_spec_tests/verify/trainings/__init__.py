@@ -1,0 +1,1 @@
+"""Trainings in every topology, an implementation and the reference side by side."""
