@@ -6,13 +6,14 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
+from truestep_fixtures.events import Events
 
 
 def shows_dtypes(callback: TrainerCallback) -> bool:
@@ -57,6 +58,18 @@ def shadow_at_event(callback: TrainerCallback, args: Any, state: Any, control: A
     return contents[0] or {}
 
 
+def shadow_now(callback: TrainerCallback, events: Events) -> dict[str, Tensor]:
+    """The same after an event that a test has fired. Collective."""
+    return shadow_at_event(
+        callback,
+        events.args,
+        events.state,
+        events.control,
+        model=events.model,
+        processing_class=events.processing_class,
+    )
+
+
 def completions(callback: TrainerCallback, args: Any, state: Any) -> list[str]:
     """The table of completions at a moment of a training, as users see it. Collective.
 
@@ -78,14 +91,50 @@ def completions(callback: TrainerCallback, args: Any, state: Any) -> list[str]:
     return contents[0]
 
 
-def view(callback: TrainerCallback) -> Any:
-    """What a callback shows of a training's progress as `view`; None where it shows nothing."""
-    return getattr(callback, "view", None)
+class Bar(NamedTuple):
+    """A bar as rich draws it, which is never beyond its end."""
+
+    completed: int
+    total: int | None
+
+
+class Bars(NamedTuple):
+    """What is seen of a display that has no `view`."""
+
+    training: Bar | None
+    evaluation: Bar | None
+
+
+BARS = ("training_bar", "evaluation_bar")
+"""Where a display without a `view`, such as TRL's, has its bars: `rich.progress.Progress`, or None."""
+
+
+def shows_bars(callback: TrainerCallback) -> bool:
+    """Whether a display shows its bars at least."""
+    return hasattr(callback, "view") or all(hasattr(callback, name) for name in BARS)
+
+
+def view(callback: TrainerCallback, state: Any) -> Any:
+    """What a callback shows of a training's progress: its `view`, or else its `Bars`; None where it shows nothing."""
+    if hasattr(callback, "view"):
+        return callback.view
+    if not shows_bars(callback):
+        return None
+    bars = Bars(*(_bar(getattr(callback, name)) for name in BARS))
+    return bars if state.is_world_process_zero or any(bars) else None
 
 
 def as_text(row: Any) -> str:
     """A row of a table, or a part of a view, as the text that it is compared by."""
     return json.dumps(row, ensure_ascii=False, default=str)
+
+
+def _bar(progress: Any) -> Bar | None:
+    """The latest bar of a `Progress`."""
+    if progress is None or not progress.tasks:
+        return None
+    completed, total = progress.tasks[-1].completed, progress.tasks[-1].total
+    return Bar(int(completed), None) if total is None else Bar(int(min(completed, total)), int(total))
 
 
 def _normalized(line: str) -> str:

@@ -248,7 +248,7 @@ class Walk:
         # The callbacks are to see the ranks; how the model lies on them is not for the arguments to say.
         settings = {"max_steps": setup.steps, "seed": setup.seed} | setup.training
         args = topologies.training_arguments("ddp" if dist.is_initialized() else "single", directory, **settings)
-        self.events = Events(self.placed.model, args, callbacks, **setup.evaluation())
+        self.events = Events(self.placed.model, args, callbacks, engine=self.placed.engine, **setup.evaluation())
         self._works_in_background = setup.callback == "WeaveCallback"
         for callback in () if attach is None else attach(self.events):
             self.events.add_callback(callback)
@@ -422,7 +422,9 @@ def _watched(setup: Setup) -> Iterator[tuple[list[TrainerCallback], Attach | Non
         yield [subject, watcher], None, watcher
     elif setup.callback == "RichProgressCallback":
         subject = setup.subject()
-        watcher = Watcher(lambda *_, **__: rich_progress.as_tensors(rich_progress.bars(view(subject))))
+        watcher = Watcher(
+            lambda args, state, *_, **__: rich_progress.as_tensors(rich_progress.bars(view(subject, state)))
+        )
         yield [subject, watcher], None, watcher
     else:
         placed = setup.place_ref_model()

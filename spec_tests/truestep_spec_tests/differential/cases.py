@@ -46,6 +46,15 @@ def require(implementation: Implementation, *methods: str) -> None:
         pytest.skip(f"BEMACallback of {implementation} has no {', '.join(missing)}")
 
 
+def odd(implementation: Implementation) -> str:
+    """The model whose shapes no number of ranks divides.
+
+    That is a plain module. An implementation that is not held to what is beyond TRL's documentation gets a model of
+    Transformers.
+    """
+    return "odd" if hasattr(implementation.BEMACallback, "shadow_state_dict") else "qwen2"
+
+
 def skip_the_reference(implementation: Implementation, reason: str) -> None:
     """Skips the test if the reference is its own subject."""
     if implementation.callback(implementation.offered[0]).__module__.startswith("truestep_reference"):

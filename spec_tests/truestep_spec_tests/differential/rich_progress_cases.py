@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def trained(
     acts: dict[int, Act] | None = None,
     *,
     callbacks: Sequence[TrainerCallback] = (),
+    first: Sequence[TrainerCallback] = (),
     **training: Any,
 ) -> Trainer:
     """A trainer that has trained with the display.
@@ -52,13 +53,13 @@ def trained(
         directory: Where the training writes.
         acts: What happens at the end of steps.
         callbacks: More callbacks.
+        first: More that come before the display.
         training: What `truestep_fixtures.training.train` takes besides; 6 steps with a log of each, by default.
     """
     display = Implementation(implementation).RichProgressCallback()
     usual = {"steps": 6, "logging_strategy": "steps", "logging_steps": 1, "disable_tqdm": False}
-    result = train(
-        "single", "qwen2", output_dir=directory, callbacks=[display, Acting(acts or {}), *callbacks], **usual | training
-    )
+    all_callbacks = [*first, display, Acting(acts or {}), *callbacks]
+    result = train("single", "qwen2", output_dir=directory, callbacks=all_callbacks, **usual | training)
     assert isinstance(result.trainer, Trainer)
     return result.trainer
 
@@ -149,11 +150,39 @@ def train_for_a_picture(implementation: str, directory: Path, go_on: Path) -> No
     )
 
 
+class Hard(TrainerCallback):
+    """Logs a small number, and what could be taken for markup."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is not None:
+            logs |= {"small": 1.25e-5, "[red]": "[bold]"}
+
+
+def log_what_is_hard_to_read(implementation: str, directory: Path, go_on: Path) -> None:
+    """A training that is held up after its first logs, which nothing but the display shows."""
+    trained(implementation, directory, {2: lambda: until(go_on)}, first=[Hard()], steps=2, disable_tqdm=True)
+
+
 # What a training does not show
 
 
-def train_and_evaluate_in_every_way(implementation: str, directory: Path) -> None:
-    """Evaluate, train, evaluate and predict, with the callback given to the trainer, and added to one later."""
+def train_in_every_way(implementation: str, directory: Path) -> None:
+    """Trains with evaluations, with the callback given to the trainer, and added to one later."""
+    for trainer in _trainers(implementation, directory):
+        trainer.train()
+    print("no more training")
+
+
+def evaluate_before_and_after_training(implementation: str, directory: Path) -> None:
+    """The same, with evaluations and a prediction outside of the trainings."""
+    for trainer in _trainers(implementation, directory):
+        trainer.evaluate()
+        trainer.train()
+        trainer.evaluate()
+        trainer.predict(trainer.eval_dataset)
+
+
+def _trainers(implementation: str, directory: Path) -> Iterator[Trainer]:
     display = Implementation(implementation).RichProgressCallback
     dataset = language_dataset(12)
     for disable_tqdm in (False, True):
@@ -162,12 +191,7 @@ def train_and_evaluate_in_every_way(implementation: str, directory: Path) -> Non
         model, datasets = models.build("qwen2"), {"train_dataset": dataset, "eval_dataset": dataset}
         given, added_to = Trainer(model, args, callbacks=[display()], **datasets), Trainer(model, args, **datasets)
         added_to.add_callback(display())
-        given.evaluate()
-        for trainer in (given, added_to):
-            trainer.train()
-            trainer.evaluate()
-            trainer.predict(dataset)
-    print("no more training")
+        yield from (given, added_to)
 
 
 def train_without_it_again(implementation: str, directory: Path) -> None:

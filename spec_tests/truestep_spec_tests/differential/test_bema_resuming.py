@@ -22,7 +22,7 @@ from truestep_fixtures.ranks import RankFailure, RankPool
 from truestep_fixtures.topologies import training_arguments
 from truestep_fixtures.training import train
 
-from truestep_spec_tests.differential.cases import Death, error_of, full_disk, logged_warnings, placements, require
+from truestep_spec_tests.differential.cases import Death, error_of, full_disk, logged_warnings, odd, placements, require
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep import Comparisons
 from truestep_spec_tests.lockstep.bema import lockstep
@@ -197,7 +197,7 @@ def test_a_killed_training_that_is_resumed_ends_with_the_bits_of_one_that_was_no
 def test_the_shadow_goes_on_bitwise_on_other_ranks_and_in_other_topologies(
     implementation: Implementation, ranks: Ranks, tmp_path: Path, placements: list[tuple[str, int]], dtype: str
 ) -> None:
-    setup = Setup(implementation.name, dtype=dtype, model="odd", steps=9, hyperparameters=ARGUMENTS)
+    setup = Setup(implementation.name, dtype=dtype, model=odd(implementation), steps=9, hyperparameters=ARGUMENTS)
     (expected,) = ranks(1).run(walked, setup, tmp_path / "alone")
     for first, (topology, count) in zip((0, 3, 6), placements, strict=True):
         moved = setup.on(topology=topology if count > 1 else "single", ranks=count)
@@ -233,7 +233,9 @@ def test_the_state_comes_from_the_checkpoint_that_the_training_resumes_from(
 def test_the_last_checkpoint_is_found_without_naming_it(
     implementation: Implementation, ranks: Ranks, tmp_path: Path
 ) -> None:
-    setup = Setup(implementation.name, model="odd", steps=5, hyperparameters=ARGUMENTS, training={"save_steps": 3})
+    setup = Setup(
+        implementation.name, model=odd(implementation), steps=5, hyperparameters=ARGUMENTS, training={"save_steps": 3}
+    )
     ranks(1).run(train_once, setup, tmp_path / "whole")
     with pytest.raises(RankFailure):
         ranks(1).run(train_once, setup, tmp_path / "killed", after=[Death("on_step_end", 4)])
@@ -319,7 +321,7 @@ def test_before_the_snapshot_nothing_is_written_and_nothing_is_missed(
     implementation: Implementation, ranks: Ranks, tmp_path: Path, topology: str, count: int
 ) -> None:
     arguments = ARGUMENTS | {"update_after": 4}
-    setup = Setup(implementation.name, topology, count, model="odd", steps=7, hyperparameters=arguments)
+    setup = Setup(implementation.name, topology, count, model=odd(implementation), steps=7, hyperparameters=arguments)
     ranks(count).run(walked, setup, tmp_path / "out", 0, 3, save=True)
     assert [entry.name for entry in (tmp_path / "out" / "checkpoint-3").iterdir()] == ["trainer_state.json"]
     assert [[]] * count == ranks(count).run(warnings_on_resuming, setup, tmp_path / "out", 3)

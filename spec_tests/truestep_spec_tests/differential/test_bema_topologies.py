@@ -21,7 +21,7 @@ from truestep_fixtures.events import Events
 from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.topologies import Placed
 
-from truestep_spec_tests.differential.cases import DTYPES, SHARDED, placements, require
+from truestep_spec_tests.differential.cases import DTYPES, SHARDED, odd, placements, require
 from truestep_spec_tests.differential.traffic import Message, Tapped, messages_of
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep import Comparisons
@@ -257,7 +257,7 @@ def test_the_shadow_of_a_trajectory_has_the_same_bits_as_in_one_process(
     dtype: str,
 ) -> None:
     kind = KINDS[(count + DTYPES.index(dtype)) % len(KINDS)]
-    setup = Setup(implementation.name, topology, count, dtype, "odd", seed=3, hyperparameters=ARGUMENTS)
+    setup = Setup(implementation.name, topology, count, dtype, odd(implementation), seed=3, hyperparameters=ARGUMENTS)
     expected = in_one_process(setup, kind)
     for actual in ranks(count).run(walked, setup, tmp_path, kind=kind):
         assert_same_shadows(expected, actual)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.topologies import TOPOLOGIES
 
-from truestep_spec_tests.differential.cases import DTYPES, PLACEMENTS, assert_in_lockstep, several_ranks
+from truestep_spec_tests.differential.cases import DTYPES, PLACEMENTS, SHARDED, assert_in_lockstep, several_ranks
 from truestep_spec_tests.differential.ref_sync_cases import syncing
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.properties.ref_sync_cases import offers
@@ -21,13 +21,24 @@ from truestep_spec_tests.runs import follow_in_lockstep, train_in_lockstep
 Ranks = Callable[[int], RankPool]
 
 
+def clauses_of(topology: str, dtype: str) -> pytest.MarkDecorator:
+    """What a run is about: where the models lie, how a blend is rounded in a narrow type, or what it is."""
+    if topology in SHARDED:
+        return pytest.mark.clause("SYNC-6")
+    return pytest.mark.clause("SYNC-4") if dtype != "float32" else pytest.mark.clause("SYNC-1", "SYNC-3", "SYNC-4")
+
+
+def placed() -> list[Any]:
+    """Every topology, for runs in any type."""
+    return [pytest.param(topology, count, marks=clauses_of(topology, "any")) for topology, count in PLACEMENTS]
+
+
 def options(implementation: Implementation, *, master_weights: bool) -> dict[str, Any]:
     """Arguments for the constructor, as far as the implementation has them."""
     return {"master_weights": True} if master_weights and offers(implementation, "master_weights") else {}
 
 
-@pytest.mark.clause("SYNC-1", "SYNC-3", "SYNC-4", "SYNC-6", "SYNC-11")
-@pytest.mark.parametrize(("topology", "count"), PLACEMENTS)
+@pytest.mark.parametrize(("topology", "count"), placed())
 @several_ranks
 @given(
     every=st.integers(1, 4),
@@ -74,11 +85,11 @@ def trainings() -> list[Any]:
             dtype = ("float32", "bfloat16")[(row + column) % 2]
             accumulated = 1 + (column == 1)
             name = f"{topology}-{count}-{model}-{dtype}-{alpha}"
-            cases.append(pytest.param(topology, count, model, dtype, alpha, accumulated, id=name))
+            marks = clauses_of(topology, dtype)
+            cases.append(pytest.param(topology, count, model, dtype, alpha, accumulated, id=name, marks=marks))
     return cases
 
 
-@pytest.mark.clause("SYNC-1", "SYNC-3", "SYNC-4", "SYNC-6")
 @pytest.mark.parametrize(("topology", "count", "model", "dtype", "alpha", "accumulated"), trainings())
 def test_the_reference_model_of_a_real_training_stays_within_the_bound(
     implementation: Implementation,

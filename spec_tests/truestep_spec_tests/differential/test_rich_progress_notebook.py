@@ -10,6 +10,7 @@ from truestep_fixtures.isolation import environment
 
 from truestep_spec_tests.differential.cases import skip_the_reference
 from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.properties.rich_progress_cases import require_view
 
 CELLS = (
     """
@@ -43,6 +44,7 @@ def test_each_cell_shows_its_training_or_evaluation_and_no_other_bar(
     implementation: Implementation, tmp_path: Path
 ) -> None:
     skip_the_reference(implementation, "draws nothing")
+    require_view(implementation)
     values = f"from pathlib import Path\nIMPLEMENTATION, DIRECTORY = {implementation.name!r}, Path({str(tmp_path)!r})"
     cells = [nbformat.v4.new_code_cell(source) for source in (values, *map(_dedented, CELLS))]
     with environment(ENVIRONMENT):

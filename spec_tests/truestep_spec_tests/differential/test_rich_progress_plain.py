@@ -15,9 +15,7 @@ from truestep_fixtures.training import TrainResult, train
 
 from truestep_spec_tests.differential.cases import skip_the_reference
 from truestep_spec_tests.implementation import Implementation
-
-pytestmark = pytest.mark.clause("RICH-5")
-
+from truestep_spec_tests.properties.rich_progress_cases import require_view
 
 LOGGING = {"logging_strategy": "steps"}
 
@@ -42,9 +40,27 @@ def beginnings(lines: list[str]) -> list[str]:
     return [line.replace(":", ",").partition(",")[0] for line in lines]
 
 
+@pytest.mark.clause("RICH-5")
+def test_there_is_something_to_read_while_the_training_goes_on_and_no_control_code(
+    implementation: Implementation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed: list[str] = []
+
+    class Reading(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            printed.append(capsys.readouterr().out)
+
+    display = implementation.RichProgressCallback()
+    train("single", "odd", output_dir=tmp_path, callbacks=[display, Reading()], steps=20)
+    assert "\x1b" not in "".join([*printed, capsys.readouterr().out])
+    assert len("".join(printed).splitlines()) > 1
+
+
+@pytest.mark.clause("RICH-5")
 def test_there_are_lines_at_the_start_whenever_a_part_of_the_steps_is_done_and_at_the_end(
     implementation: Implementation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    require_view(implementation)
     trained(implementation.RichProgressCallback(plain_percent=30), tmp_path)
     printed = capsys.readouterr()
     begin, *middle, end = lines_of(printed.out)
@@ -55,18 +71,22 @@ def test_there_are_lines_at_the_start_whenever_a_part_of_the_steps_is_done_and_a
     assert "%|" not in printed.err
 
 
+@pytest.mark.clause("RICH-5")
 def test_a_line_has_the_metrics_that_no_line_has_had_and_the_last_one_has_all(
     implementation: Implementation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    require_view(implementation)
     trained(implementation.RichProgressCallback(plain_percent=20), tmp_path, logging_steps=6)
     _, *middle, end = lines_of(capsys.readouterr().out)
     assert [", learning_rate " in line for line in middle] == [False, True, True, False, True]
     assert all(f" {name} " in end for name in ("loss", "learning_rate", "train_loss"))
 
 
+@pytest.mark.clause("RICH-5")
 def test_there_is_a_line_when_enough_time_has_passed(
     implementation: Implementation, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    require_view(implementation)
     now = 1000.0
 
     class Slow(TrainerCallback):
@@ -83,9 +103,11 @@ def test_there_is_a_line_when_enough_time_has_passed(
     assert end.startswith("training ended at step 20/20, epoch 1.67/2, 0:10 elapsed, 2 steps/s")
 
 
+@pytest.mark.clause("RICH-5")
 def test_there_is_one_line_for_each_evaluation_or_prediction(
     implementation: Implementation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    require_view(implementation)
     datasets = {"math": language_dataset(4), "code": language_dataset(4)}
     display = implementation.RichProgressCallback(plain_percent=1000)
     trainer = trained(display, tmp_path, eval_dataset=datasets, eval_strategy="steps", eval_steps=10).trainer
@@ -103,9 +125,11 @@ def test_there_is_one_line_for_each_evaluation_or_prediction(
     assert metrics == ["eval_math_loss", "eval_code_loss", "test_loss"]
 
 
+@pytest.mark.clause("RICH-5")
 def test_a_resumed_training_begins_at_its_step(
     implementation: Implementation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    require_view(implementation)
     saved = {"save_strategy": "steps", "save_steps": 10}
     trained(implementation.RichProgressCallback(), tmp_path, **saved)
     capsys.readouterr()
@@ -113,10 +137,12 @@ def test_a_resumed_training_begins_at_its_step(
     assert capsys.readouterr().out.startswith("training begins at step 10/20, epoch 0.83/2\ntraining at step 12/20")
 
 
-@pytest.mark.clause("RICH-4")
+@pytest.mark.clause("RICH-4", "RICH-5")
 def test_a_training_that_raised_is_not_said_to_have_ended(
     implementation: Implementation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    require_view(implementation)
+
     class Raising(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             raise RuntimeError("no more")
@@ -157,9 +183,12 @@ def test_output_that_takes_no_line_does_not_end_the_training(
             stream.close()  # with what it could not write
 
 
+@pytest.mark.clause("RICH-5")
 def test_what_the_encoding_does_not_have_is_escaped(
     implementation: Implementation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    require_view(implementation)
+
     class Named(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             logs["größer"] = 1.0

@@ -294,6 +294,7 @@ def test_a_second_training_is_logged_like_the_first(trainings: Trainings) -> Non
 @pytest.mark.clause("WEAVE-3")
 def test_the_model_has_the_name_that_is_given_and_the_config_all_fields_of_the_given_one(trainings: Trainings) -> None:
     for one in [evaluation for part in trainings for evaluation in part]:
+        assert one.lacks == []
         assert one.model == MODEL
         assert GIVEN.to_dict() == one.config
 

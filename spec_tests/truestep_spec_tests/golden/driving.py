@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, GenerationConfig, TrainerCallback
 from truestep_fixtures import models, topologies
+from truestep_fixtures.data import Rows
 from truestep_fixtures.events import Events
 
 from truestep_spec_tests import observe
@@ -57,22 +58,33 @@ def reference_of(trajectory: Json) -> nn.Module:
 
 
 def _model(trajectory: Json, values: Json, dtype_name: str) -> nn.Module:
-    model, dtype = nn.Module(), getattr(torch, dtype_name)
-    for name, value in point(trajectory, values).items():
-        if name in trajectory["buffers"]:
-            module, attribute = _holder(model, name)
-            module.register_buffer(attribute, value.to(dtype))
-            continue
-        about = trajectory["parameters"][name]
-        parameter = nn.Parameter(value.to(dtype), requires_grad=about["trainable"])
-        for known_as in (name, *about["also_named"]):
-            module, attribute = _holder(model, known_as)
-            module.register_parameter(attribute, parameter)
-    return model
+    return _Described((trajectory, point(trajectory, values), getattr(torch, dtype_name)))
+
+
+class _Described(models.Anew):
+    """A model as a file describes it.
+
+    Args:
+        config: The trajectory, the values and the dtype.
+    """
+
+    def __init__(self, config: tuple[Json, Point, torch.dtype]) -> None:
+        super().__init__(config)
+        trajectory, values, dtype = config
+        for name, value in values.items():
+            if name in trajectory["buffers"]:
+                module, attribute = _holder(self, name)
+                module.register_buffer(attribute, value.to(dtype))
+                continue
+            about = trajectory["parameters"][name]
+            parameter = nn.Parameter(value.to(dtype), requires_grad=about["trainable"])
+            for known_as in (name, *about["also_named"]):
+                module, attribute = _holder(self, known_as)
+                module.register_parameter(attribute, parameter)
 
 
 def led(
-    callback: TrainerCallback, model: nn.Module, trajectory: Json, directory: Path, **fields: Any
+    callback: TrainerCallback, model: nn.Module, trajectory: Json, directory: Path, engine: Any = None, **fields: Any
 ) -> Iterator[Events]:
     """Leads a callback along a trajectory.
 
@@ -81,6 +93,7 @@ def led(
         model: The model, at the first step of the trajectory, where it lies.
         trajectory: The trajectory.
         directory: The `output_dir`.
+        engine: What runs the model, if it does not run by itself.
         fields: Fields of the training arguments.
 
     Yields:
@@ -88,7 +101,7 @@ def led(
     """
     topology = "ddp" if dist.is_initialized() else "single"
     args = topologies.training_arguments(topology, directory, max_steps=len(trajectory["steps"]) - 1, **fields)
-    events = Events(model, args, [callback])
+    events = Events(model, args, [callback], engine=engine)
     events.train_begin()
     yield events
     for t, values in enumerate(trajectory["steps"][1:], start=1):
@@ -109,9 +122,7 @@ def write(model: nn.Module, values: Point) -> None:
 def shadows(callback: TrainerCallback, model: nn.Module, trajectory: Json, directory: Path) -> Iterator[Point]:
     """What a callback that averages shows at each step of a trajectory, by the keys of the model's state dict."""
     for events in led(callback, model, trajectory, directory):
-        yield observe.shadow_at_event(
-            callback, events.args, events.state, events.control, model=model, processing_class=None
-        )
+        yield observe.shadow_now(callback, events)
 
 
 def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -136,20 +147,25 @@ def summaries(callback: type[Any], case: Json, directory: Path) -> list[Any]:
         }
         for evaluation in case["evaluations"]
     }
-    datasets = {name: [{"prompt": prompt} for prompt in prompts] for name, prompts in scores.items()}
     of_prompts = {prompt: given for prompts in scores.values() for prompt, given in prompts.items()}
     scorers = {name: _Scorer(name, of_prompts) for name in case["scorers"]}
-    trainer = _trainer(datasets, directory, max_steps=1)
+    return [_summary(callback, scorers, prompts, directory) for prompts in scores.values()]
+
+
+def _summary(
+    callback: type[Any], scorers: dict[str, "_Scorer"], prompts: Iterable[str], directory: Path
+) -> dict[str, Any] | None:
+    """The summary of an evaluation with some prompts."""
+    trainer = _trainer([{"prompt": prompt} for prompt in prompts], directory, max_steps=1)
     with served() as server:
         arrivals = Arrivals(server)
         arrivals.subject = callback(trainer, PROJECT, scorers, GenerationConfig(max_new_tokens=1))
         trainer.add_callback(arrivals.subject)
         trainer.train_begin()
         trainer.evaluate()
-        arrived = arrivals.after(len(datasets))
+        shown = arrivals.after(1).get("evaluation 0, summary")
         trainer.train_end()
-    shown = [arrived.get(f"evaluation {number}, summary") for number in range(len(datasets))]
-    return [None if text is None else json.loads(bytes(text.tolist())) for text in shown]
+    return None if shown is None else json.loads(bytes(shown.tolist()))
 
 
 class _Scorer:
@@ -170,9 +186,9 @@ def views(callback: TrainerCallback, events: Json, directory: Path) -> Iterator[
         loaders: dict[str, _Loader] = {}
         for event in map(unmarked, events):
             _fire(trainer, event, loaders)
-            yield _as_json(observe.view(callback))
+            yield _as_json(observe.view(callback, trainer.state))
     finally:
-        trainer.fire("on_train_end")
+        trainer.close()
 
 
 def _fire(trainer: Events, event: Mapping[str, Any], loaders: dict[str, "_Loader"]) -> None:
@@ -202,6 +218,8 @@ class _Loader:
 def _as_json(view: Any) -> Json:
     if view is None:
         return None
+    if isinstance(view, observe.Bars):
+        return {part: _bar(bar) for part, bar in view._asdict().items()}
     training, epoch, evaluation, groups = view
     return {
         "training": _bar(training),
@@ -235,8 +253,10 @@ def rows(callback: type[Any], case: Json, directory: Path) -> list[Json]:
     return [marked(row | {"completion": None}) for row in found]
 
 
-def _trainer(dataset: Any, directory: Path, **fields: Any) -> Events:
+def _trainer(dataset: Mapping[str, list[Json]] | list[Json], directory: Path, **fields: Any) -> Events:
     """What stands in for a trainer of a language model that reads bytes."""
     args = topologies.training_arguments("single", directory, **fields)
     tokenizer = ByT5Tokenizer(extra_ids=models.VOCABULARY - BYTES)  # a token for each that the model may say
-    return Events(models.build("gpt2"), args, [], processing_class=tokenizer, eval_dataset=dataset)
+    is_dict = isinstance(dataset, Mapping)
+    rows = {name: Rows(part) for name, part in dataset.items()} if is_dict else Rows(dataset)
+    return Events(models.build("gpt2"), args, [], processing_class=tokenizer, eval_dataset=rows)

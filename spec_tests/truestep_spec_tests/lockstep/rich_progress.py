@@ -1,4 +1,7 @@
-"""The view of a training: what is compared is every part of it, letter by letter, after every event that moves one."""
+"""The view of a training: what is compared is every part of it, letter by letter, after every event that moves one.
+
+Of a display that has no view, it is the bars.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,7 +11,7 @@ from transformers import TrainerCallback
 from truestep_reference import RichProgressCallback as ReferenceRichProgressCallback
 
 from truestep_spec_tests.lockstep import Comparisons, Look, OnCompared, texts
-from truestep_spec_tests.observe import as_text, view
+from truestep_spec_tests.observe import Bars, as_text, view
 
 COUNT = "number of parts"
 """The name under which it is compared how many parts a view has; none where there is no view."""
@@ -34,10 +37,12 @@ class ProgressComparator(texts.TextComparator):
         self._reference = reference
 
     def texts(self, args: Any, state: Any) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        return as_tensors(everything(view(self._subject))), as_tensors(everything(self._reference.view))
+        shown = view(self._subject, state)
+        parts = bars if isinstance(shown, Bars) else everything
+        return as_tensors(parts(shown)), as_tensors(parts(self._reference.view))
 
     def looks(self, live: Mapping[str, Tensor], args: Any, state: Any, control: Any, **kwargs: Any) -> Iterator[Look]:
-        yield texts.look(as_tensors(bars(view(self._subject))), as_tensors(bars(self._reference.view)))
+        yield texts.look(as_tensors(bars(view(self._subject, state))), as_tensors(bars(self._reference.view)))
         yield from super().looks(live, args, state, control, **kwargs)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -32,9 +32,18 @@ def test_markers_are_found_wherever_they_stand(tmp_path: Path) -> None:
         "    @pytest.mark.parametrize('x', [pytest.param(1, marks=pytest.mark.clause('B-4'))])\n"
         "    def test_c(self): ...\n"
         "def test_d(): ...\n"
+        "def cases(): return [pytest.param(1, marks=pytest.mark.clause('C-1'))]\n"
+        "CASES = [pytest.param(1, marks=pytest.mark.clause('C-2'))]\n"
+        "@pytest.mark.parametrize('x', cases())\n"
+        "@pytest.mark.parametrize('y', CASES)\n"
+        "def test_e(): ...\n"
         "def helper(): ...\n"
     )
-    expected = [("TestB::test_c", ("A-1", "B-1", "B-2", "B-3", "B-4")), ("test_d", ("A-1",))]
+    expected = [
+        ("TestB::test_c", ("A-1", "B-1", "B-2", "B-3", "B-4")),
+        ("test_d", ("A-1",)),
+        ("test_e", ("A-1", "C-1", "C-2")),
+    ]
     assert [(test.name, test.clauses) for test in marked_tests(file)] == expected
 
 

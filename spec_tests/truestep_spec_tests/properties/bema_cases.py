@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
+from truestep_fixtures.models import Anew
 from truestep_fixtures.topologies import write_parameters
 from truestep_fixtures.training import Events
 
@@ -80,11 +81,15 @@ def trajectories(
     return arrays.map(lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(dtype))
 
 
-class Weights(nn.Module):
-    """A module that is nothing but named parameters."""
+class Weights(Anew):
+    """A module that is nothing but named parameters.
+
+    Args:
+        values: The parameters.
+    """
 
     def __init__(self, values: Point) -> None:
-        super().__init__()
+        super().__init__(values)
         for name, value in values.items():
             self.register_parameter(name, nn.Parameter(value.clone()))
 
@@ -98,7 +103,7 @@ def lead(
     callbacks: Sequence[TrainerCallback],
     points: Sequence[Point],
     args: TrainingArguments,
-    observe: Callable[[], T],
+    look: Callable[[Events], T],
     model: nn.Module | None = None,
 ) -> list[T]:
     """Leads callbacks along a trajectory, in a single process, without a training.
@@ -107,21 +112,21 @@ def lead(
         callbacks: They see every event, in this order.
         points: The parameters at train begin and after each step, by name.
         args: The training arguments that they see.
-        observe: Called at train begin and after each step.
+        look: Called at train begin and after each step.
         model: A module with these parameters; one that has nothing else by default.
 
     Returns:
-        What `observe` returned, by step.
+        What `look` returned, by step.
     """
     model = Weights(points[0]) if model is None else model
     write_parameters(model, points[0])
     events = Events(model, args, callbacks)
     events.train_begin()
-    seen = [observe()]
+    seen = [look(events)]
     for t, point in enumerate(points[1:], start=1):
         write_parameters(model, point)
         events.step(t)
-        seen.append(observe())
+        seen.append(look(events))
     return seen
 
 

@@ -265,7 +265,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
 # Prompts
 
 TEXTS = [
-    *("The quick brown fox", "Every step is", "a", "Zwölf", "Bar", "x y", ""),
+    *("The quick brown fox", "Every step is", "a", "Zwölf", "Bar", "x y", "lazy dog"),
     *(2 * letter for letter in "cdefgh"),
 ]
 """Prompts of many lengths, and several of the same."""
@@ -298,9 +298,9 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
     return messages
 
 
-def rows_of(prompts: Iterable[Any]) -> list[Row]:
+def rows_of(prompts: Iterable[Any]) -> data.Rows:
     """Rows of a dataset, numbered in a column `number`."""
-    return [{"prompt": prompt, "number": number} for number, prompt in enumerate(prompts)]
+    return data.Rows({"prompt": prompt, "number": number} for number, prompt in enumerate(prompts))
 
 
 class Indexed(torch.utils.data.Dataset):
@@ -444,10 +444,12 @@ class Subject:
         """The same with other fields of the generation config on top."""
         return self.on(generation={**(self.generation or {}), **generation})
 
-    def having(self, option: str) -> "Subject":
+    def having(self, *options: str) -> "Subject":
         """The same; skips the test if the constructor lacks an option."""
-        if option not in inspect.signature(self.implementation.LogCompletionsCallback).parameters:
-            pytest.skip(f"LogCompletionsCallback of {self.implementation} takes no {option}")
+        known = inspect.signature(self.implementation.LogCompletionsCallback).parameters
+        missing = [option for option in options if option not in known]
+        if missing:
+            pytest.skip(f"LogCompletionsCallback of {self.implementation} takes no {', '.join(missing)}")
         return self
 
     def trainer(self, dataset: Any) -> Events:
@@ -456,10 +458,12 @@ class Subject:
         args.output_dir = tempfile.mkdtemp(dir=self.args.output_dir)
         for name, value in self.fields.items():
             setattr(args, name, value)
-        return Events(self.model, args, [], processing_class=self.tokenizer, eval_dataset=dataset)  # type: ignore[arg-type]
+        rows = data.Rows(dataset) if isinstance(dataset, list) else dataset
+        return Events(self.model, args, [], processing_class=self.tokenizer, eval_dataset=rows)  # type: ignore[arg-type]
 
     def callback(self, trainer: Events, **options: Any) -> TrainerCallback:
-        """A new callback, which logs at every step unless `options` say otherwise."""
+        """A new callback, which logs at every step unless `options` say otherwise; skips the test if it lacks one."""
+        self.having(*options)
         config = None if self.generation is None else GenerationConfig(**{"eos_token_id": data.END} | self.generation)
         callback: TrainerCallback = self.implementation.LogCompletionsCallback(trainer, config, **{"freq": 1} | options)
         return callback

@@ -1,17 +1,21 @@
 """What the tests of progress displays have in common: values and how they are shown, and events without a training."""
 
 import enum
+import inspect
 import json
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from truestep_fixtures.events import Events
+
+from truestep_spec_tests.implementation import Implementation
 
 # Values
 
@@ -185,6 +189,24 @@ class Fired(Events):
         """A batch has been evaluated or predicted."""
         self.callback_handler.eval_dataloader = dataloader
         self.fire("on_prediction_step")
+
+
+def require_view(implementation: Implementation) -> None:
+    """Skips the test if the display has no view, which TRL's documentation does not ask for.
+
+    An implementation that offers it is held to everything that is beyond that documentation, also to the words and
+    the layout of what it shows.
+    """
+    if not hasattr(implementation.RichProgressCallback, "view"):
+        pytest.skip(f"RichProgressCallback of {implementation} has no view, and words of its own")
+
+
+def constructed(display: type[TrainerCallback], **options: Any) -> TrainerCallback:
+    """A new callback; skips the test if the constructor lacks an option, of which TRL's documentation has none."""
+    missing = options.keys() - inspect.signature(display).parameters.keys()
+    if missing:
+        pytest.skip(f"{display.__name__} of {display.__module__} takes no {', '.join(sorted(missing))}")
+    return display(**options)
 
 
 def as_json(view: Any) -> str:

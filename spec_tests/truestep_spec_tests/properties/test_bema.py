@@ -54,7 +54,7 @@ def args(tmp_path_factory: pytest.TempPathFactory) -> TrainingArguments:
 def reference_run(trajectory: Tensor, args: TrainingArguments, **h: Any) -> list[Tensor]:
     """The reference's shadow at train begin and after each step."""
     callback = BEMACallback(**h)
-    return lead([callback], one_parameter(trajectory), args, lambda: callback.shadow_values()["w"])
+    return lead([callback], one_parameter(trajectory), args, lambda _: callback.shadow_values()["w"])
 
 
 def averages(points: list[Fraction], betas: list[Fraction]) -> list[Fraction]:
@@ -239,7 +239,7 @@ def test_the_reference_is_the_weighted_sum_to_within_its_own_bound(
         [callback],
         one_parameter(trajectory),
         args,
-        lambda: (callback.shadow_values()["w"], callback.shadow_bounds(torch.float64)["w"]),
+        lambda _: (callback.shadow_values()["w"], callback.shadow_bounds(torch.float64)["w"]),
     )
     for t, (values, bounds) in enumerate(seen):
         assert (distance(values, exact_shadow(trajectory, t, **h)) <= bounds).all()

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from truestep_fixtures import data, models, topologies
 from truestep_reference import RichProgressCallback as ReferenceRichProgressCallback
 
+from truestep_spec_tests import observe
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.properties.rich_progress_cases import (
     LENGTHS,
@@ -21,7 +22,9 @@ from truestep_spec_tests.properties.rich_progress_cases import (
     Fired,
     Loader,
     as_json,
+    constructed,
     metrics,
+    require_view,
     table,
 )
 
@@ -32,24 +35,40 @@ def args(tmp_path_factory: pytest.TempPathFactory) -> TrainingArguments:
 
 
 @pytest.fixture(params=["subject", "reference"])
-def callback(request: pytest.FixtureRequest, implementation: Implementation) -> Any:
+def display(request: pytest.FixtureRequest, implementation: Implementation) -> Any:
+    """A callback that shows its bars at least."""
     is_subject = request.param == "subject"
-    if is_subject and not hasattr(implementation.RichProgressCallback, "view"):
-        pytest.skip(f"RichProgressCallback of {implementation} has no view")
-    return implementation.RichProgressCallback() if is_subject else ReferenceRichProgressCallback()
+    display = implementation.RichProgressCallback() if is_subject else ReferenceRichProgressCallback()
+    if not observe.shows_bars(display):
+        pytest.skip(f"RichProgressCallback of {implementation} has neither a view nor bars")
+    return display
 
 
 @pytest.fixture
-def fired(args: TrainingArguments, callback: Any) -> Iterator[Fired]:
-    """Events of the callback, whose training has ended when the test has."""
-    events = Fired(args, [callback])
+def callback(implementation: Implementation, display: Any) -> Any:
+    """A callback that has a view."""
+    require_view(implementation)
+    return display
+
+
+@pytest.fixture
+def fired(args: TrainingArguments, display: Any) -> Iterator[Fired]:
+    """Events of the display, whose last one ends a training."""
+    events = Fired(args, [display])
     yield events
-    events.fire("on_train_end")
+    events.close()
 
 
-def bars(callback: Any) -> list[Any]:
+def bars(fired: Fired, display: Any) -> list[Any]:
     """The training bar and the evaluation bar."""
-    return [callback.view.training, callback.view.evaluation]
+    view = observe.view(display, fired.state)
+    return [view.training, view.evaluation]
+
+
+IN_A_TRAINING = [
+    pytest.param(True, marks=pytest.mark.clause("RICH-2"), id="in a training"),
+    pytest.param(False, marks=pytest.mark.clause("RICH-4"), id="outside of one"),
+]
 
 
 # Bars
@@ -57,57 +76,59 @@ def bars(callback: Any) -> list[Any]:
 
 @pytest.mark.clause("RICH-2")
 def test_the_training_bar_begins_at_the_step_of_the_checkpoint_and_moves_with_steps_until_the_end(
-    fired: Fired, callback: Any
+    fired: Fired, display: Any
 ) -> None:
     fired.at(4).begin()
-    assert bars(callback) == [(4, 10), None]
+    assert bars(fired, display) == [(4, 10), None]
     fired.at(5).fire("on_step_begin")
     fired.fire("on_log", logs={"loss": 1.0})
-    assert bars(callback) == [(4, 10), None]
+    assert bars(fired, display) == [(4, 10), None]
     fired.fire("on_step_end")
-    assert bars(callback) == [(5, 10), None]
+    assert bars(fired, display) == [(5, 10), None]
     fired.fire("on_train_end")
-    assert bars(callback) == [None, None]
+    assert bars(fired, display) == [None, None]
 
 
 @pytest.mark.clause("RICH-2")
 @pytest.mark.parametrize(("step", "max_steps", "shown"), [(12, 10, (10, 10)), (7, 0, (7, None)), (7, -1, (7, None))])
 def test_the_training_bar_shows_no_more_than_its_total_if_it_has_one(
-    fired: Fired, callback: Any, step: int, max_steps: int, shown: tuple[int, int | None]
+    fired: Fired, display: Any, step: int, max_steps: int, shown: tuple[int, int | None]
 ) -> None:
     fired.at(step, max_steps).begin()
-    assert [shown, None] == bars(callback)
+    assert [shown, None] == bars(fired, display)
     fired.at(0, max_steps).begin()
     fired.at(step, max_steps).fire("on_step_end")
-    assert [shown, None] == bars(callback)
+    assert [shown, None] == bars(fired, display)
 
 
-@pytest.mark.clause("RICH-2", "RICH-4")
+@pytest.mark.parametrize("in_training", IN_A_TRAINING)
 @pytest.mark.parametrize(("given", "length"), LENGTHS)
 def test_the_evaluation_bar_counts_batches_up_to_the_length_of_the_dataloader(
-    fired: Fired, callback: Any, given: Any, length: int | None
+    fired: Fired, display: Any, given: Any, length: int | None, in_training: bool
 ) -> None:
+    if in_training:
+        fired.begin()
     loader = Loader(given)
     for number in range(1, 6):
         fired.batch(loader)
-        assert [None, (number if length is None else min(number, length), length)] == bars(callback)
+        assert (number if length is None else min(number, length), length) == bars(fired, display)[1]
 
 
 @pytest.mark.clause("RICH-2")
-def test_a_batch_of_another_dataloader_starts_the_evaluation_bar_anew(fired: Fired, callback: Any) -> None:
+def test_a_batch_of_another_dataloader_starts_the_evaluation_bar_anew(fired: Fired, display: Any) -> None:
+    fired.begin()
     one, other = Loader(3), Loader(3)
     shown = []
     for loader in (one, one, other, one, None, None):
         fired.batch(loader)
-        shown.append(callback.view.evaluation)
+        shown.append(bars(fired, display)[1])
     assert shown == [(1, 3), (2, 3), (1, 3), (1, 3), (1, None), (2, None)]
 
 
-@pytest.mark.clause("RICH-2", "RICH-4")
+@pytest.mark.parametrize("in_training", IN_A_TRAINING)
 @pytest.mark.parametrize("event", ["on_evaluate", "on_predict", "on_train_begin", "on_step_end", "on_train_end"])
-@pytest.mark.parametrize("in_training", [False, True])
 def test_the_evaluation_bar_goes_away_with_the_next_event_but_a_log(
-    fired: Fired, callback: Any, event: str, in_training: bool
+    fired: Fired, display: Any, event: str, in_training: bool
 ) -> None:
     if in_training:
         fired.begin()
@@ -115,9 +136,9 @@ def test_the_evaluation_bar_goes_away_with_the_next_event_but_a_log(
     for other in ("on_substep_end", "on_save", "on_step_begin", "on_epoch_end"):
         fired.fire(other)
     fired.fire("on_log", logs={})
-    assert callback.view.evaluation == (1, 3)
+    assert bars(fired, display)[1] == (1, 3)
     fired.fire(event, **({"metrics": {}} if event in ("on_evaluate", "on_predict") else {}))
-    assert callback.view.evaluation is None
+    assert bars(fired, display)[1] is None
 
 
 @pytest.mark.clause("RICH-4")
@@ -330,6 +351,7 @@ class AnyOrder(RuleBasedStateMachine):
 def test_the_view_is_the_references_after_any_events_in_any_order(
     implementation: Implementation, args: TrainingArguments
 ) -> None:
+    require_view(implementation)
     run_state_machine_as_test(lambda: AnyOrder(implementation, args), settings=settings(stateful_step_count=25))
 
 
@@ -374,6 +396,7 @@ for _event in vars(TrainerCallback):
 
 @pytest.fixture
 def views(implementation: Implementation) -> Views:
+    require_view(implementation)
     return Views(implementation.RichProgressCallback())
 
 
@@ -461,9 +484,9 @@ class Evaluates(TrainerCallback):
 
 @pytest.mark.clause("RICH-4")
 def test_the_views_are_the_references_when_two_callbacks_serve_two_trainers_at_a_time(
-    implementation: Implementation, tmp_path: Path
+    implementation: Implementation, views: Views, tmp_path: Path
 ) -> None:
-    one, other = (Views(implementation.RichProgressCallback()) for _ in range(2))
+    one, other = views, Views(implementation.RichProgressCallback())
     evaluating = trainer_with(*other.callbacks, output_dir=tmp_path)
     trainer_with(*one.callbacks, Evaluates(evaluating), output_dir=tmp_path).train()
     assert len(one.of("on_step_end")) == len(other.of("on_evaluate")) == 4
@@ -506,18 +529,18 @@ def test_a_training_that_raised_has_ended_when_an_evaluation_outside_of_it_or_an
 
 
 @pytest.mark.clause("RICH-6")
-def test_other_processes_than_the_main_one_have_no_view(fired: Fired, callback: Any) -> None:
+def test_other_processes_than_the_main_one_have_no_view(fired: Fired, display: Any) -> None:
     fired.state.is_world_process_zero = False
     fired.begin({"loss": 1.0, "step": 1})
     fired.batch(Loader(3))
     fired.fire("on_log", logs={"loss": 1.0})
-    assert callback.view is None
+    assert observe.view(display, fired.state) is None
 
 
 @pytest.mark.clause("RICH-7")
 @pytest.mark.parametrize("given", [{}, {"plain_percent": 0.5, "plain_seconds": 0}, {"plain_percent": 250}])
-def test_numbers_in_their_range_are_taken(callback: Any, given: dict[str, Any]) -> None:
-    assert isinstance(type(callback)(**given), TrainerCallback)
+def test_numbers_in_their_range_are_taken(display: Any, given: dict[str, Any]) -> None:
+    assert isinstance(constructed(type(display), **given), TrainerCallback)
 
 
 @pytest.mark.clause("RICH-7")
@@ -528,7 +551,7 @@ def test_numbers_in_their_range_are_taken(callback: Any, given: dict[str, Any]) 
         *(("plain_seconds", value) for value in (-1e-9, -60, float("nan"), "60", None, False)),
     ],
 )
-def test_other_values_are_an_error_that_names_the_argument_and_its_value(callback: Any, name: str, value: Any) -> None:
+def test_other_values_are_an_error_that_names_the_argument_and_its_value(display: Any, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name) as error:
-        type(callback)(**{name: value})
+        constructed(type(display), **{name: value})
     assert repr(value) in str(error.value)

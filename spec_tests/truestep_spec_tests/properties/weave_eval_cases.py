@@ -43,7 +43,10 @@ class Row(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """An evaluation that has arrived, with the names that were given; `score_calls` are by scorer, for each row."""
+    """An evaluation that has arrived, with the names that were given.
+
+    `score_calls` are by scorer, for each row. `lacks` is what it does not say of itself, or says otherwise.
+    """
 
     project: str
     step: int
@@ -54,6 +57,7 @@ class Seen(NamedTuple):
     rows: list[Row]
     summary: dict[str, Any] | None
     score_calls: list[dict[str, Any]]
+    lacks: list[str]
 
     @property
     def prompts(self) -> list[str]:
@@ -70,7 +74,7 @@ def seen(callback: TrainerCallback, server: RecordingServer, project: str | None
         return [
             Seen(
                 *(one.project, one.training_step, one.model_name, one.dataset_name, one.generation_config),
-                *(one.metric_key_prefix, list(map(_as_shown, one.predictions)), one.summary, []),
+                *(one.metric_key_prefix, list(map(_as_shown, one.predictions)), one.summary, [], []),
             )
             for one in callback.evaluations
         ]
@@ -121,29 +125,35 @@ def _as_shown(prediction: Any) -> Row:
 
 def _is_whole(evaluation: Evaluation) -> bool:
     is_ended = evaluation.is_finished and all(row.is_finished for row in evaluation.predictions)
-    return is_ended and len(evaluation.predictions) == len(evaluation.dataset["rows"])
+    rows = evaluation.dataset["rows"]
+    return is_ended and (len(evaluation.predictions) == len(rows) or not all("prompt" in row for row in rows))
 
 
 def _of_server(evaluation: Evaluation) -> Seen:
     assert evaluation.exception is None
     attributes = evaluation.attributes
-    assert set(attributes) == {
-        *("training_step", "model_name", "dataset_name", "generation_config", "metric_key_prefix")
+    model, dataset = (part["name"] for part in (evaluation.model, evaluation.dataset))
+    names = {"model_name": model, "dataset_name": dataset}
+    unsaid = {"training_step": None, "generation_config": {}, "metric_key_prefix": ""}
+    said = names | unsaid | attributes
+    as_said = {
+        "attributes": attributes.keys() == names.keys() | unsaid.keys(),
+        "model": named("model", said["model_name"]) == model,
+        "dataset": named("dataset", said["dataset_name"]) == dataset,
+        "rows": [row.inputs for row in evaluation.predictions] == evaluation.dataset["rows"],
+        "inputs": all(set(row.inputs) == {"prompt"} for row in evaluation.predictions),
     }
-    assert named("model", attributes["model_name"]) == evaluation.model["name"]
-    assert named("dataset", attributes["dataset_name"]) == evaluation.dataset["name"]
-    assert [row.inputs for row in evaluation.predictions] == evaluation.dataset["rows"]
-    assert all(set(row.inputs) == {"prompt"} for row in evaluation.predictions)
     return Seen(
         evaluation.project,
-        attributes["training_step"],
-        attributes["model_name"],
-        attributes["dataset_name"],
-        attributes["generation_config"],
-        attributes["metric_key_prefix"],
+        said["training_step"],
+        said["model_name"],
+        said["dataset_name"],
+        said["generation_config"],
+        said["metric_key_prefix"],
         [Row(row.inputs["prompt"], row.output, row.scores) for row in evaluation.predictions],
         None if evaluation.summary is None else evaluation.summary["output"],
         [row.score_calls for row in evaluation.predictions],
+        [part for part, is_right in as_said.items() if not is_right],
     )
 
 
@@ -194,10 +204,12 @@ class Subject:
         """What stands in for a trainer with an evaluation dataset."""
         args = copy.copy(self.args)
         args.output_dir = tempfile.mkdtemp(dir=self.args.output_dir)
-        return Events(self.model, args, [], processing_class=self.tokenizer, eval_dataset=dataset)
+        rows = data.Rows(dataset) if isinstance(dataset, list) else dataset
+        return Events(self.model, args, [], processing_class=self.tokenizer, eval_dataset=rows)
 
     def callback(self, trainer: Any, project: str | None = "team/project", **options: Any) -> TrainerCallback:
-        """A new callback."""
+        """A new callback; skips the test if it lacks an option."""
+        self.having(*options)
         arguments = {"generation_config": self.config} | options
         callback: TrainerCallback = self.implementation.WeaveCallback(trainer, project, **arguments)
         return callback
