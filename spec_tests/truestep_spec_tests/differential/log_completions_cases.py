@@ -2,6 +2,7 @@
 
 import inspect
 import random
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,13 @@ def small_batches(implementation: Implementation) -> dict[str, int]:
     return {"batch_tokens": 40} if offers(implementation, "batch_tokens") else {}
 
 
-def train_completing(setup: Setup, directory: Path) -> dict[str, Any]:
-    """What a training that logs leaves on this rank."""
-    config = setup.build_generation_config()
-    return state_after_training(setup, directory, attach=lambda trainer: [setup.subject(trainer, config)])
+def train_completing(setups: Sequence[Setup], directory: Path) -> dict[str, Any]:
+    """What a training leaves on this rank that has a callback of each of the setups, which differ in nothing else."""
+    return state_after_training(
+        setups[0],
+        directory,
+        attach=lambda trainer: [setup.subject(trainer, setup.build_generation_config()) for setup in setups],
+    )
 
 
 def prompts_read(setup: Setup, directory: Path) -> int:

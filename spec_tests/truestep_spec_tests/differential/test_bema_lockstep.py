@@ -34,7 +34,7 @@ Ranks = Callable[[int], RankPool]
     arguments=hyperparameters(),
     kind=st.sampled_from(["walk", "jumps", "cancelling"]),
     model=st.sampled_from(["odd", "batchnorm"]),
-    dtypes=st.permutations(DTYPES),
+    dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**31),
 )
 def test_the_shadow_of_any_trajectory_stays_within_the_bound(
@@ -46,15 +46,13 @@ def test_the_shadow_of_any_trajectory_stays_within_the_bound(
     arguments: dict[str, Any],
     kind: Kind,
     model: str,
-    dtypes: list[str],
+    dtype: str,
     seed: int,
 ) -> None:
     require(implementation, "shadow_state_dict")
-    setup = Setup(implementation.name, topology, count, model=model, seed=seed, hyperparameters=arguments)
-    for dtype in dtypes[:2]:
-        directory = Path(mkdtemp(dir=tmp_path))
-        outcomes = ranks(count).run(follow_in_lockstep, setup.on(dtype=dtype), directory, kind=kind)
-        assert_in_lockstep(outcomes, setup.steps)
+    setup = Setup(implementation.name, topology, count, dtype, model, seed=seed, hyperparameters=arguments)
+    outcomes = ranks(count).run(follow_in_lockstep, setup, Path(mkdtemp(dir=tmp_path)), kind=kind)
+    assert_in_lockstep(outcomes, setup.steps)
 
 
 MODELS = ("qwen2", "llama", "gpt2", "tied", "frozen", "lora", "batchnorm", "odd")
@@ -74,14 +72,14 @@ TRAININGS: dict[str, dict[str, Any]] = {
 
 
 def trainings() -> list[Any]:
-    """Every topology with every other model; numbers of ranks, dtypes and kinds of training are dealt out."""
+    """Every topology in every dtype; numbers of ranks, models and kinds of training are dealt out."""
     cases = []
     for row, topology in enumerate(TOPOLOGIES):
         counts = [1] if topology == "single" else [2, 3]
-        for column, model in enumerate(MODELS[row % 2 :: 2]):
+        for column, dtype in enumerate(("float32", "bfloat16", "float64")):
+            model = MODELS[(3 * row + column) % len(MODELS)]
             count = counts[(row // 2 + column) % len(counts)]
-            dtype = ("float32", "bfloat16", "float64")[(2 * row + column) % 3]
-            kind = list(TRAININGS)[(row + column + column // 2) % len(TRAININGS)]
+            kind = list(TRAININGS)[(row + column) % len(TRAININGS)]
             name = f"{topology}-{count}-{model}-{dtype}-{kind}".replace(" ", "_")
             marks = clauses_of(topology, model, dtype, kind)
             cases.append(pytest.param(topology, count, model, dtype, kind, id=name, marks=marks))

@@ -21,7 +21,7 @@ from truestep_fixtures.events import Events
 from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.topologies import Placed
 
-from truestep_spec_tests.differential.cases import DTYPES, SHARDED, odd, placements, require
+from truestep_spec_tests.differential.cases import DTYPES, PLACEMENTS, odd, placements, require
 from truestep_spec_tests.differential.traffic import Message, Tapped, messages_of
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep import Comparisons
@@ -246,7 +246,7 @@ def in_one_process(
 
 @pytest.mark.clause("BEMA-12", "BEMA-18")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("topology", "count"), [*placements(2)[1:], *placements(3, topologies=SHARDED)])
+@pytest.mark.parametrize(("topology", "count"), PLACEMENTS[1:])
 def test_the_shadow_of_a_trajectory_has_the_same_bits_as_in_one_process(
     implementation: Implementation,
     ranks: Ranks,
@@ -341,7 +341,7 @@ def test_a_wrapped_model_gives_the_same_bits(
 
 
 @pytest.mark.clause("BEMA-19")
-@pytest.mark.parametrize(("topology", "count"), placements(2, 3))
+@pytest.mark.parametrize(("topology", "count"), PLACEMENTS)
 def test_the_ranks_hold_together_what_one_process_holds(
     implementation: Implementation, ranks: Ranks, tmp_path: Path, topology: str, count: int
 ) -> None:
@@ -355,7 +355,7 @@ def test_the_ranks_hold_together_what_one_process_holds(
 
 
 @pytest.mark.clause("BEMA-11", "BEMA-19")
-@pytest.mark.parametrize(("topology", "count"), placements(2, 3))
+@pytest.mark.parametrize(("topology", "count"), PLACEMENTS)
 def test_the_files_of_the_ranks_hold_each_element_once(
     implementation: Implementation, ranks: Ranks, tmp_path: Path, topology: str, count: int
 ) -> None:

@@ -26,7 +26,7 @@ def test_a_training_on_a_gpu_that_logs_ends_bitwise_like_one_that_does_not(
 ) -> None:
     setup = completing(implementation.name, dtype=dtype, model="gpt2", generation=SAMPLING, training=GPU)
     without = state_after_training(setup, tmp_path / "without")
-    assert_same_states([without], [train_completing(setup, tmp_path / "with")])
+    assert_same_states([without], [train_completing([setup], tmp_path / "with")])
 
 
 @pytest.mark.clause("LOGC-3", "LOGC-10")

@@ -127,7 +127,7 @@ def test_rows_of_every_model_are_the_references(both: Both, name: str, generatio
 @pytest.mark.clause("LOGC-3", "LOGC-4")
 @pytest.mark.parametrize("generation", [*OPTIONS.values(), *SAMPLING.values()], ids=[*OPTIONS, *SAMPLING])
 def test_rows_with_any_option_are_the_references(both: Both, generation: dict[str, Any]) -> None:
-    both.rows("list", rows_of(TEXTS), {"generation": {"max_new_tokens": 6, **generation}})
+    both.rows("list", rows_of(TEXTS[:9]), {"generation": {"max_new_tokens": 6, **generation}})
 
 
 @pytest.mark.clause("LOGC-3")

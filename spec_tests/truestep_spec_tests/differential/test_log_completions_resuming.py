@@ -164,23 +164,22 @@ def uninterrupted(implementation: Implementation, ranks: Ranks, tmp_path_factory
 
 
 @pytest.mark.clause("LOGC-8")
-@pytest.mark.parametrize("saved", [1, 2, 3], ids=["nothing logged", "at a logging step", "between"])
 @pytest.mark.parametrize(
-    "placements",
-    [
-        [("single", 1), ("single", 1), ("single", 1)],
-        [("ddp", 2), ("single", 1), ("ddp", 3)],
-        [("zero3", 2), ("fsdp2", 3), ("single", 1)],
+    ("saved", "placements"),
+    [  # when nothing was logged, at a logging step, and between two of them
+        *((step, [("single", 1), ("single", 1), ("single", 1)]) for step in (1, 2, 3)),
+        *((step, [("ddp", 2), ("single", 1), ("ddp", 3)]) for step in (1, 3)),
+        (2, [("zero3", 2), ("fsdp2", 3), ("single", 1)]),
     ],
-    ids=lambda placements: "-".join(f"{topology}{count}" for topology, count in placements),
+    ids=lambda value: str(value) if isinstance(value, int) else "-".join(f"{where}{count}" for where, count in value),
 )
 def test_the_table_goes_on_on_other_ranks_and_in_other_topologies(
     implementation: Implementation,
     ranks: Ranks,
     uninterrupted: Rows,
     tmp_path: Path,
-    placements: list[tuple[str, int]],
     saved: int,
+    placements: list[tuple[str, int]],
 ) -> None:
     setup = table_of(implementation)
     first, second, third = [setup.on(topology=topology, ranks=count) for topology, count in placements]

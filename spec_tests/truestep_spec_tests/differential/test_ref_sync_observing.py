@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from truestep_fixtures.ranks import RankPool
 
-from truestep_spec_tests.differential.cases import placements
 from truestep_spec_tests.differential.observing import assert_same_states, state_after_training
 from truestep_spec_tests.differential.ref_sync_cases import syncing
 from truestep_spec_tests.implementation import Implementation
@@ -27,10 +26,13 @@ def train_alone(setup: Setup, directory: Path) -> dict[str, Any]:
 
 
 TRAININGS = [
-    *((topology, count, "gpt2", "float32") for topology, count in placements(2) if topology != "zero3"),
-    ("zero3", 2, "gpt2", "bfloat16"),
+    ("single", 1, "gpt2", "float32"),
     ("ddp", 2, "batchnorm", "bfloat16"),
-    ("fsdp2", 3, "lora", "float32"),
+    ("zero1", 2, "gpt2", "float32"),
+    ("zero2", 2, "lora", "float32"),
+    ("zero3", 2, "gpt2", "bfloat16"),
+    ("zero3_persistent", 2, "gpt2", "float32"),
+    ("fsdp2", 3, "gpt2", "float32"),
 ]
 
 

@@ -195,7 +195,8 @@ def test_other_output_is_above_the_display_whole_and_in_order(
         "and past Python",
     ]
     assert_in_order([*whole, "between two", "late", "records", "after it"], terminal.history)
-    assert "".join(terminal.history).count("UserWarning: a warning") == 1
+    everything = "".join(terminal.history).replace(" ", "")  # the warning begins with a path, and may be wrapped
+    assert everything.count("UserWarning:awarning") == 1
     assert sum(line.startswith("mapping: 100%") and "40/40" in line for line in terminal.history) == 1
     assert [line for line in terminal.history if line.startswith("training ") and " ended" not in line] == []
     assert ends(terminal) == ["training ended", "training ended"]

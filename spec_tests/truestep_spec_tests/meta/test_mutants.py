@@ -9,7 +9,7 @@ from truestep_fixtures.ranks import RankPool
 
 from truestep_spec_tests.meta.checks.suspect import Check, Suspect
 from truestep_spec_tests.meta.mutants import MUTANTS
-from truestep_spec_tests.meta.mutants.patch import ORIGINAL, Mutant, copy_package
+from truestep_spec_tests.meta.mutants.patch import ORIGINAL, Mutant, copy_package, sources
 
 CHECKS = sorted({mutant.killed_by for mutant in MUTANTS}, key=lambda check: check.__name__)
 
@@ -30,9 +30,8 @@ def test_names_of_mutants_are_unique() -> None:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_every_patch_fits_its_file_in_one_place(mutant: Mutant, tmp_path: Path) -> None:
-    copy_package(tmp_path, mutant.name, mutant)
-    compile((tmp_path / mutant.name / mutant.module).read_text(encoding="utf-8"), mutant.module, "exec")
+def test_every_patch_fits_its_file_in_one_place(mutant: Mutant) -> None:
+    compile(mutant.applied_to(sources()[mutant.module]), mutant.module, "exec")
 
 
 def test_a_patch_that_does_not_fit_is_named() -> None:

@@ -4,9 +4,10 @@ A mutant is a copy of the package `truestep` under another name in which one pas
 the check does to it, it does to any implementation, so a mutant that survives shows a gap in the suite.
 """
 
+import functools
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,18 +50,19 @@ class Mutant:
 
 def copy_package(directory: Path, name: str, mutant: Mutant | None = None) -> None:
     """Writes a copy of the installed package to `directory / name`, with one mistake or as it is."""
-    for file, source in _sources():
-        if mutant is not None and str(file) == mutant.module:
+    for module, source in sources().items():
+        if mutant is not None and module == mutant.module:
             source = mutant.applied_to(source)
-        target = directory / name / file
+        target = directory / name / module
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(re.sub(rf"\b(from|import) {ORIGINAL}\b", rf"\1 {name}", source), encoding="utf-8")
 
 
-def _sources() -> Iterator[tuple[Path, str]]:
+@functools.cache
+def sources() -> Mapping[str, str]:
+    """The files of the installed package, by their paths in it."""
     spec = importlib.util.find_spec(ORIGINAL)
     assert spec is not None
     assert spec.origin is not None
     root = Path(spec.origin).parent
-    for file in sorted(root.rglob("*.py")):
-        yield file.relative_to(root), file.read_text(encoding="utf-8")
+    return {str(file.relative_to(root)): file.read_text(encoding="utf-8") for file in sorted(root.rglob("*.py"))}
