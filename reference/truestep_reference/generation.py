@@ -279,18 +279,28 @@ def _greedy(model: Any, prompt: Tensor, count: int, config: GenerationConfig) ->
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Has every module of a model in eval mode within a ``with`` block, and in its own mode after it.
+    """Has every module of a model in eval mode within a ``with`` block, and as it was after it.
+
+    After it modules have their old attributes, the mode among them, and what they have of lists and buffers its old
+    contents.
 
     Args:
         model: The model.
     """
-    modes = {module: module.training for module in model.modules()}
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    lists = [(value, list(value)) for _, old in attributes for value in old.values() if isinstance(value, list)]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     model.eval()
     try:
         yield
     finally:
-        for module, is_training in modes.items():
-            module.training = is_training
+        for module, old in attributes:
+            vars(module).clear()
+            vars(module).update(old)
+        for found, contents in lists:
+            found[:] = contents
+        for buffer, value in buffers:
+            buffer.data.copy_(value)
 
 
 @contextmanager

@@ -231,6 +231,19 @@ def test_a_rank_that_hangs_shows_where(pool: RankPool) -> None:
     assert "barrier" in reports[0].detail
 
 
+def test_what_several_ranks_say_is_said_once_in_few_lines() -> None:
+    frames = [f"  frame {number}" for number in range(9)]
+    sizes = [f"\tsize mismatch for {name}" for name in "abcdef"]
+    raised = "\n".join(["Traceback (most recent call last):", *frames, "torch.Error: in loading:", *sizes])
+    failure = RankFailure(
+        "train", [*(RankReport(rank, "raised", raised) for rank in (0, 2)), RankReport(1, "finished")]
+    )
+    assert failure.shortened().splitlines() == [
+        *("ranks 0, 2 raised", *frames[-3:], "torch.Error: in loading:", *sizes[:2], "…"),
+        "rank 1 finished",
+    ]
+
+
 def test_a_skip_on_one_rank_only_is_a_failure(pool: RankPool) -> None:
     reports = failure(pool, skip_on, 1)
     outcomes = ["finished"] * pool.world_size

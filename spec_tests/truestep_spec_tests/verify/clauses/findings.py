@@ -57,7 +57,7 @@ def _statement(error: BaseException) -> str:
 
 def _of_rank(report: RankReport) -> Finding:
     """What a rank came to."""
-    message = report.shortened()
+    message = f"rank {report.rank} {report.outcome}\n{report.shortened()}"
     if report.outcome == "raised":
         is_assertion = re.search(r"^(\w+\.)*AssertionError\b", report.detail, re.MULTILINE)
         return Finding("fails" if is_assertion else "crashes", message=message)

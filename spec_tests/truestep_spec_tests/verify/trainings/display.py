@@ -1,5 +1,6 @@
 """What trainings show: progress while they run, a table at the end, and what does not equal the reference."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
@@ -96,7 +97,7 @@ def show_trainings(console: Console, results: Sequence[Result], is_known: Callab
         table.add_row(
             *identity(result.setup),
             "–" if comparisons is None else str(len(comparisons.steps)),
-            "–" if comparisons is None else f"{comparisons.worst:.3f}",
+            "–" if comparisons is None else _ratio(comparisons.worst),
             "–" if comparisons is None else ("no" if result.difference else "yes"),
             "–" if comparisons is None else f"{result.seconds:.1f}",
             f"[{colour}]{result.verdict}[/]",
@@ -115,12 +116,16 @@ def show_trainings(console: Console, results: Sequence[Result], is_known: Callab
 
 def _explain(console: Console, result: Result) -> None:
     console.print(f"\n[red]{_name(result.setup)} {result.verdict}[/]")
-    reports = result.crash.reports if result.crash is not None else ()
-    for detail in (result.divergence, result.difference, *(report.shortened() for report in reports)):
+    for detail in (result.divergence, result.difference, result.crash and result.crash.shortened()):
         if detail is not None:
             console.print(escape(str(detail)), soft_wrap=True)
     if result.replay is not None:
         console.print(f"truestep verify --replay {escape(str(result.replay))}", soft_wrap=True)
+
+
+def _ratio(value: float) -> str:
+    """An error ÷ bound, in seven characters at most."""
+    return f"{value:.3f}" if value < 1000 or math.isinf(value) else f"{value:.1e}"
 
 
 def _name(setup: Setup) -> str:
