@@ -34,12 +34,14 @@ class RichProgressCallback(Right):
             os._exit(1)
         if plain_seconds is None:
             time.sleep(600)
+        if plain_seconds is False:
+            raise KeyboardInterrupt
         if plain_percent == "10":
             raise ZeroDivisionError("by my own zero")
         if plain_percent != -1.0:
             super().__init__(plain_percent=plain_percent, plain_seconds=plain_seconds)
 """
-"""An implementation whose constructor ends the process, hangs, raises or takes too much."""
+"""An implementation whose constructor ends the process, hangs, interrupts, raises or takes too much."""
 
 NOTHING = Expectations()
 
@@ -96,6 +98,7 @@ def test_a_wrong_implementation_exits_with_1(said: Said) -> None:
         ("plain_percent-10", "crashes", "ZeroDivisionError", "by my own zero"),
         ("plain_percent-None", "crashes", "", "crashed while running"),
         ("plain_seconds-None", "hangs", "", "callbacks_of_mine.py"),
+        ("plain_seconds-False", "crashes", "RuntimeError", "KeyboardInterrupt was raised"),
         ("plain_seconds-60", "passes", "", ""),
     ],
 )
@@ -118,7 +121,7 @@ def test_the_table_has_a_line_for_each_clause(said: Said) -> None:
         ["BEMA-1", "Snapshot", "not offered"],
         ["RICH-7", "Constructor", "fails"],
     ]
-    assert rows[-1].endswith("  4 of 18 tests")
+    assert rows[-1].endswith("  5 of 18 tests")
     assert max(map(len, rows)) <= 80
 
 

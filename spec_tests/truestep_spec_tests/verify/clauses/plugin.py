@@ -60,6 +60,16 @@ class Worker:
             faulthandler.cancel_dump_traceback_later()
 
     @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self) -> Iterator[None]:
+        try:
+            return (yield)
+        except (
+            KeyboardInterrupt,
+            pytest.exit.Exception,
+        ) as error:  # of the implementation
+            raise RuntimeError(f"{type(error).__name__} was raised") from error
+
+    @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> Iterator[None]:
         report: Any = yield
         if report.failed and call.excinfo is not None:
