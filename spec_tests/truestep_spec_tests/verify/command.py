@@ -17,7 +17,12 @@ from truestep_spec_tests.verify.launch import launcher
 from truestep_spec_tests.verify.report import write
 from truestep_spec_tests.verify.report.contents import contents
 from truestep_spec_tests.verify.trainings.display import show_trainings
-from truestep_spec_tests.verify.trainings.verifying import choose_trainings, verify_trainings
+from truestep_spec_tests.verify.trainings.verifying import (
+    WITHOUT_WEAVE,
+    choose_trainings,
+    leaves_out_weave,
+    verify_trainings,
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,6 +50,8 @@ def main(arguments: Sequence[str]) -> int:
         results = verify_trainings(setups, ranks, console, options.report, options.replay) if setups else []
         if results:
             show_trainings(console, results, expected.has_training)
+        if options.trainings and leaves_out_weave(options):
+            console.print(WITHOUT_WEAVE)
     log = options.report / "pytest.log"
     try:
         verdicts, tests = verify_clauses(

@@ -32,6 +32,8 @@ def contents(
         expectations: What was known to fail.
     """
     problems = expectations.problems(results, verdicts, tests)
+    titles = specification.titles()
+    tested = {verdict.clause for verdict in verdicts if verdict.tests}
     runs = [
         result.as_dict() | {"known": not result.passed and expectations.has_training(result.setup)}
         for result in results
@@ -45,15 +47,15 @@ def contents(
         and all(verdict.is_fine for verdict in verdicts),
         "known_failures": {"ids": expectations.ids, "problems": problems},
         "runs": runs,
-        "clauses": [_clause(verdict) for verdict in verdicts],
-        "tests": [_test(test, implementation) for test in tests if any(test in verdict.tests for verdict in verdicts)],
+        "clauses": [_clause(verdict, titles[verdict.clause]) for verdict in verdicts],
+        "tests": [_test(test, implementation) for test in tests if not tested.isdisjoint(test.clauses)],
     }
 
 
-def _clause(verdict: Verdict) -> dict[str, Any]:
+def _clause(verdict: Verdict, title: str) -> dict[str, Any]:
     return {
         "clause": verdict.clause,
-        "title": specification.titles()[verdict.clause],
+        "title": title,
         "verdict": verdict.verdict,
         "known": verdict.is_known,
         "note": verdict.note,

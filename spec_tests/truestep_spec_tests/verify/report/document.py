@@ -4,14 +4,12 @@ import re
 import sysconfig
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from truestep_spec_tests.lockstep import Divergence
 from truestep_spec_tests.meta.specification import PACKAGE
 from truestep_spec_tests.verify.clauses.findings import FAILURES
+from truestep_spec_tests.verify.report.templates import templates
 
 
 def document(contents: Mapping[str, Any]) -> str:
@@ -20,13 +18,7 @@ def document(contents: Mapping[str, Any]) -> str:
     Args:
         contents: Of `truestep_spec_tests.verify.report.contents`.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates(autoescape=False)
     environment.filters |= {"cell": _cell, "ratio": _ratio}
     tests = {test["test"]: test for test in contents["tests"]}
     failing = [clause for clause in contents["clauses"] if clause["verdict"] in FAILURES]

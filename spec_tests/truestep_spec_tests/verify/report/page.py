@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from truestep_spec_tests.meta import specification
 from truestep_spec_tests.verify.report.plots import has_distances, marks, plots
+from truestep_spec_tests.verify.report.templates import templates
 from truestep_spec_tests.verify.trainings.plan import SHORT
 
 TONES = {
@@ -58,14 +59,7 @@ def page(contents: Mapping[str, Any]) -> str:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates(autoescape=True)
     environment.filters |= {"tone": tone, "sign": _sign, "number": _shown, "counts": _counts}
     environment.globals |= {"plots": plots, "has_distances": has_distances, "distance": _distance}
     environment.filters |= {"ends": _ends, "file": _file, "shell": shlex.quote}
