@@ -1,6 +1,5 @@
 """The runs that the differential tests of completions have in common."""
 
-import inspect
 import random
 from collections.abc import Sequence
 from copy import deepcopy
@@ -13,6 +12,7 @@ from torch import nn
 
 from truestep_spec_tests.differential.observing import state_after_training
 from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.options import takes
 from truestep_spec_tests.runs import Setup, Walk
 
 CALLBACK = "LogCompletionsCallback"
@@ -45,21 +45,17 @@ def completing(
     return setup.on(**({"steps": 4} | changes))
 
 
-def offers(implementation: Implementation, option: str) -> bool:
-    """Whether the constructor has an option that TRL's documentation does not have."""
-    return option in inspect.signature(implementation.LogCompletionsCallback).parameters
-
-
 def variants(implementation: Implementation, setup: Setup) -> list[Setup]:
     """A run in each of the ways in which a sharded model can complete prompts, if the implementation offers them."""
-    if setup.topology not in ("zero3", "zero3_persistent", "fsdp2") or not offers(implementation, "gather"):
+    is_sharded = setup.topology in ("zero3", "zero3_persistent", "fsdp2")
+    if not is_sharded or not takes(implementation.LogCompletionsCallback, "gather"):
         return [setup]
     return [setup.on(hyperparameters=setup.hyperparameters | {"gather": gather}) for gather in (True, False)]
 
 
 def small_batches(implementation: Implementation) -> dict[str, int]:
     """Hyperparameters with which few prompts are several batches, if the implementation has such."""
-    return {"batch_tokens": 40} if offers(implementation, "batch_tokens") else {}
+    return {"batch_tokens": 40} if takes(implementation.LogCompletionsCallback, "batch_tokens") else {}
 
 
 def train_completing(setups: Sequence[Setup], directory: Path) -> dict[str, Any]:

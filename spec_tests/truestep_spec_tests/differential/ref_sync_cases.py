@@ -2,10 +2,6 @@
 
 from typing import Any
 
-import pytest
-
-from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.properties.ref_sync_cases import offers
 from truestep_spec_tests.runs import Setup
 
 CALLBACK = "SyncRefModelCallback"
@@ -28,9 +24,3 @@ def syncing(
     training = settings | changes.pop("training", {})
     setup = Setup(implementation, topology, ranks, callback=CALLBACK, hyperparameters={}, training=training)
     return setup.on(**changes)
-
-
-def require_option(implementation: Implementation, option: str) -> None:
-    """Skips the test if the constructor lacks an option that TRL's documentation does not have."""
-    if not offers(implementation, option):
-        pytest.skip(f"SyncRefModelCallback of {implementation} has no option {option}")

@@ -14,7 +14,7 @@ from truestep_fixtures.topologies import TOPOLOGIES
 from truestep_spec_tests.differential.cases import DTYPES, PLACEMENTS, SHARDED, assert_in_lockstep, several_ranks
 from truestep_spec_tests.differential.ref_sync_cases import syncing
 from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.properties.ref_sync_cases import offers
+from truestep_spec_tests.options import takes
 from truestep_spec_tests.recording import Kind
 from truestep_spec_tests.runs import follow_in_lockstep, train_in_lockstep
 
@@ -35,7 +35,8 @@ def placed() -> list[Any]:
 
 def options(implementation: Implementation, *, master_weights: bool) -> dict[str, Any]:
     """Arguments for the constructor, as far as the implementation has them."""
-    return {"master_weights": True} if master_weights and offers(implementation, "master_weights") else {}
+    has_option = takes(implementation.SyncRefModelCallback, "master_weights")
+    return {"master_weights": True} if master_weights and has_option else {}
 
 
 @pytest.mark.parametrize(("topology", "count"), placed())

@@ -14,8 +14,9 @@ from truestep_fixtures.ranks import RankFailure, RankPool
 from truestep_fixtures.training import train
 
 from truestep_spec_tests.differential.cases import Death, error_of, full_disk, logged_warnings, skip_the_reference
-from truestep_spec_tests.differential.ref_sync_cases import require_option, syncing
+from truestep_spec_tests.differential.ref_sync_cases import syncing
 from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.options import require
 from truestep_spec_tests.runs import Setup, Walk, same_bits, walked
 
 Ranks = Callable[[int], RankPool]
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.clause("SYNC-12")
 
 @pytest.fixture(autouse=True)
 def needs_the_option(implementation: Implementation) -> None:
-    require_option(implementation, "save_reference")
+    require(implementation.SyncRefModelCallback, ["save_reference"])
 
 
 # ── What the ranks do ─────────────────────────────────────────────────────────

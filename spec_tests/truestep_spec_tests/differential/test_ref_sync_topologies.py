@@ -17,11 +17,12 @@ from truestep_fixtures.ranks import RankPool
 from truestep_fixtures.topologies import Placed
 
 from truestep_spec_tests.differential.cases import DTYPES, PLACEMENTS, error_of, placements, skip_the_reference
-from truestep_spec_tests.differential.ref_sync_cases import require_option, syncing
+from truestep_spec_tests.differential.ref_sync_cases import syncing
 from truestep_spec_tests.differential.traffic import Message, Tapped, largest_allocation
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep import Comparisons
 from truestep_spec_tests.lockstep.ref_sync import logits
+from truestep_spec_tests.options import require
 from truestep_spec_tests.runs import Setup, Walk, same_bits, sync_in_lockstep, walked
 
 Ranks = Callable[[int], RankPool]
@@ -420,7 +421,7 @@ def test_a_reference_model_that_cannot_be_synced_is_refused_by_name_before_anyth
     spoil: Callable[[Placed], None],
     named: str,
 ) -> None:
-    require_option(implementation, "master_weights")
+    require(implementation.SyncRefModelCallback, ["master_weights"])
     if spoil is not make_expert:
         skip_the_reference(implementation, "gathers by DeepSpeed's own means, and looks at no dtype")
     setup = syncing(implementation.name, topology, count, model="odd")

@@ -1,7 +1,6 @@
 """Holds an implementation in Python against golden files."""
 
 import importlib.util
-import inspect
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ from truestep_spec_tests.golden.driving import Point
 from truestep_spec_tests.golden.files import Json, marked, read, to_tensor, unmarked
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.observe import shows_bars
+from truestep_spec_tests.options import lacking
 
 Run = Callable[..., list[Any]]
 """Of a world size, a function and its arguments: what it returns on each rank."""
@@ -82,8 +82,7 @@ def _missing(implementation: Implementation, file: str, case: Json) -> str:
     """The arguments of a case that the constructor lacks, of which TRL's documentation has none."""
     if file != "log_completions":
         return ""
-    known = inspect.signature(implementation.LogCompletionsCallback).parameters
-    return ", ".join(name for name in case["arguments"] if name not in known)
+    return ", ".join(lacking(implementation.LogCompletionsCallback, case["arguments"]))
 
 
 def _first(

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,9 +19,10 @@ from rich.console import Console
 from truestep_fixtures.ranks import RankFailure, RankReport
 
 from truestep_spec_tests.meta import specification
+from truestep_spec_tests.verify.clauses import plugin
 from truestep_spec_tests.verify.clauses.display import show_clauses
-from truestep_spec_tests.verify.clauses.findings import Finding, finding_of
-from truestep_spec_tests.verify.clauses.running import NOT_RUN, Outcome
+from truestep_spec_tests.verify.clauses.findings import NOT_RUN, Finding, finding_of
+from truestep_spec_tests.verify.clauses.running import Outcome
 from truestep_spec_tests.verify.clauses.verdicts import judge
 from truestep_spec_tests.verify.command import main
 from truestep_spec_tests.verify.expectations import Expectations
@@ -65,9 +68,9 @@ class Said(NamedTuple):
         return {clause["clause"]: clause["verdict"] for clause in self.report["clauses"]}
 
 
-def verify(directory: Path, arguments: str) -> Said:
+def verify(directory: Path, arguments: str, implementation: str = WRONG) -> Said:
     """Runs the command in a directory that `callbacks_of_mine` can be imported from, on a terminal of 80 columns."""
-    (directory / "callbacks_of_mine.py").write_text(WRONG)
+    (directory / "callbacks_of_mine.py").write_text(implementation)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.chdir(directory)
         patch.syspath_prepend(directory)
@@ -144,6 +147,68 @@ def test_what_is_not_offered_is_no_failure_but_a_known_failure_of_nothing_is(
     assert set(said.verdicts().values()) == {"not offered"}
     assert said.status == status
     assert printed in said.printed
+
+
+ENDS_PYTEST = """
+import os, signal
+from truestep_reference import RichProgressCallback as Right
+
+class RichProgressCallback(Right):
+    def __init__(self, *, plain_percent=10.0, plain_seconds=60.0):
+        if plain_percent is None:
+            os.kill(os.getppid(), signal.SIGKILL)
+        super().__init__(plain_percent=plain_percent, plain_seconds=plain_seconds)
+"""
+
+
+def test_what_was_found_is_kept_if_pytest_itself_ends(tmp_path: Path) -> None:
+    said = verify(tmp_path, "--implementation callbacks_of_mine --only RICH-7", ENDS_PYTEST)
+    assert said.status == 1
+    assert said.verdicts() == {"RICH-7": "not tested"}
+    assert said.report["clauses"][0]["note"] == "pytest ended with exit code -9: see pytest.log"
+    assert {"passes", "not run"} <= {test["verdict"] for test in said.findings().values()}
+
+
+def test_a_pytest_that_knows_no_tests_is_a_reason_for_all_clauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
+    said = verify(tmp_path, "--implementation callbacks_of_mine --only RICH")
+    assert said.status == 1
+    assert set(said.verdicts().values()) == {"not tested"}
+    assert said.report["clauses"][0]["note"] == "pytest ended with exit code 4: see pytest.log"
+    assert "--no-such-option" in (tmp_path / "truestep-verify" / "pytest.log").read_text()
+
+
+SLOW = """
+import time
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+@pytest.fixture
+def implementation():
+    return None
+
+@pytest.mark.clause("A-1")
+@settings(deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.integers(), min_size=20))
+def test_it(implementation, numbers):
+    time.sleep(0.5)
+    assert sum(numbers) < 10**6
+"""
+
+
+def test_an_example_that_takes_long_to_shorten_is_no_hang(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text(SLOW)
+    (tmp_path / "found").mkdir()
+    arguments = ["-p", plugin.__name__, "-n", "1", "--hypothesis-seed", "0", "--clauses-directory", tmp_path / "found"]
+    subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, "--clauses-chosen", "A-1", "--clauses-timeout", "20", tmp_path],
+        cwd=tmp_path,
+    )
+    ((_, (verdict, *_, example)),) = map(json.loads, (tmp_path / "found" / plugin.FINDINGS).read_text().splitlines())
+    assert verdict == "fails"
+    assert "numbers=[" in example
 
 
 # Of exceptions
@@ -252,8 +317,9 @@ def test_a_clause_has_the_worst_verdict_of_its_tests(found: list[str], verdict: 
 
 
 def test_a_clause_that_there_was_no_time_for_is_not_tested_and_not_fine() -> None:
-    judged = judge("A-1", [outcome("passes"), Outcome("a.py::test_b", ("A-1",), NOT_RUN)], NOTHING.has_test)
-    assert (judged.verdict, judged.note, judged.is_fine) == ("not tested", "there was no time for it", False)
+    found = [outcome("passes"), outcome("skipped"), outcome("skipped"), outcome(NOT_RUN, message="no time")]
+    judged = judge("A-1", found, NOTHING.has_test)
+    assert (judged.verdict, judged.note, judged.is_fine) == ("not tested", "no time", False)
 
 
 def test_the_evidence_is_the_shortest_of_the_worst() -> None:

@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import decimal
 import fractions
-import inspect
 import json
 import math
 import tempfile
@@ -46,6 +45,7 @@ from truestep_fixtures.training import Events
 
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.observe import completions
+from truestep_spec_tests.options import require
 
 Row = dict[str, Any]
 
@@ -446,10 +446,7 @@ class Subject:
 
     def having(self, *options: str) -> "Subject":
         """The same; skips the test if the constructor lacks an option."""
-        known = inspect.signature(self.implementation.LogCompletionsCallback).parameters
-        missing = [option for option in options if option not in known]
-        if missing:
-            pytest.skip(f"LogCompletionsCallback of {self.implementation} takes no {', '.join(missing)}")
+        require(self.implementation.LogCompletionsCallback, options)
         return self
 
     def trainer(self, dataset: Any) -> Events:

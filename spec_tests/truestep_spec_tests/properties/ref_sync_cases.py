@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -23,6 +22,7 @@ from truestep_reference import rounding
 from truestep_reference.ref_sync import blend, blend_error
 
 from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.options import require
 from truestep_spec_tests.properties.bema_cases import Weights
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -70,11 +70,6 @@ fewer = settings(max_examples=max(10, settings.default.max_examples // 4))
 # The callback under test, and how it is led
 
 
-def offers(implementation: Implementation, option: str) -> bool:
-    """Whether the constructor takes an argument that TRL's documentation does not have."""
-    return option in inspect.signature(implementation.SyncRefModelCallback).parameters
-
-
 def set_field(args: TrainingArguments, field: str, value: Any) -> None:
     """Sets a field of the arguments, or removes it if the value is `MISSING`."""
     if value is MISSING:
@@ -100,9 +95,7 @@ class Subject:
     def having(self, **options: Any) -> "Subject":
         """The same with options, of which False is the default; skips the test if the constructor lacks one."""
         wanted = {option: value for option, value in options.items() if value is not False}
-        missing = [option for option in wanted if not offers(self.implementation, option)]
-        if missing:
-            pytest.skip(f"SyncRefModelCallback of {self.implementation} takes no {', '.join(missing)}")
+        require(self.implementation.SyncRefModelCallback, wanted)
         return dataclasses.replace(self, options=wanted)
 
     def callback(self, reference: nn.Module | None, accelerator: Accelerator | None = None) -> TrainerCallback:

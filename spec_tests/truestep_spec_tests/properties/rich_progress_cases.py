@@ -1,7 +1,6 @@
 """What the tests of progress displays have in common: values and how they are shown, and events without a training."""
 
 import enum
-import inspect
 import json
 import math
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 from truestep_fixtures.events import Events
 
 from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.options import require
 
 # Values
 
@@ -203,9 +203,7 @@ def require_view(implementation: Implementation) -> None:
 
 def constructed(display: type[TrainerCallback], **options: Any) -> TrainerCallback:
     """A new callback; skips the test if the constructor lacks an option, of which TRL's documentation has none."""
-    missing = options.keys() - inspect.signature(display).parameters.keys()
-    if missing:
-        pytest.skip(f"{display.__name__} of {display.__module__} takes no {', '.join(sorted(missing))}")
+    require(display, options)
     return display(**options)
 
 

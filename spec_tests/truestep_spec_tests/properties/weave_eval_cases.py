@@ -26,10 +26,14 @@ from truestep_fixtures.weave_records import Evaluation
 from truestep_fixtures.weave_server import RecordingServer
 
 from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.options import require, takes
 from truestep_spec_tests.properties.log_completions_cases import rows_of, speaking
 
 PATIENCE = 60.0
 """Seconds after which what has not arrived never will."""
+
+SILENCE = 15.0
+"""Seconds without a request, once there were some, after which no other will come."""
 
 # What has been logged
 
@@ -91,13 +95,15 @@ def evaluations(server: RecordingServer) -> list[Evaluation]:
 
 def wait_for(callback: TrainerCallback, server: RecordingServer, number: int, project: str | None = None) -> list[Seen]:
     """What has arrived, as soon as there are so many evaluations."""
-    requests, found = -1, list[Seen]()
+    requests, found, changed = -1, list[Seen](), time.monotonic()
 
     def are_there() -> bool:
-        nonlocal requests, found
+        nonlocal requests, found, changed
         before, requests = requests, len(server.requests())
         if before != requests:  # otherwise there is nothing new
-            found = seen(callback, server, project)
+            found, changed = seen(callback, server, project), time.monotonic()
+        if requests and time.monotonic() - changed > SILENCE:
+            pytest.fail(f"of {number} evaluations {len(found)} are whole, and nothing more arrives")
         return len(found) >= number
 
     wait_until(are_there)
@@ -186,14 +192,12 @@ class Subject:
 
     def having(self, *options: str) -> "Subject":
         """The same; skips the test if the constructor lacks an option."""
-        for option in options:
-            if not self.offers(option):
-                pytest.skip(f"WeaveCallback of {self.implementation} takes no {option}")
+        require(self.implementation.WeaveCallback, options)
         return self
 
     def offers(self, option: str) -> bool:
         """Whether the constructor has an option."""
-        return option in inspect.signature(self.implementation.WeaveCallback).parameters
+        return takes(self.implementation.WeaveCallback, option)
 
     @property
     def config(self) -> GenerationConfig:

@@ -11,8 +11,8 @@ from truestep_fixtures.ranks import RankPool
 
 pytest.importorskip("trl")
 
-from truestep_spec_tests.differential.ref_sync_cases import require_option
 from truestep_spec_tests.implementation import Implementation
+from truestep_spec_tests.options import require
 from truestep_spec_tests.trainers.trl_training import (
     ALPHA,
     STEPS,
@@ -99,7 +99,7 @@ def test_the_losses_after_a_wrong_sync_are_others(
 def test_a_resumed_training_has_the_losses_of_one_that_was_not_interrupted(
     topology: str, count: int, subject: Implementation, model: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
-    require_option(subject, "save_reference")
+    require(subject.SyncRefModelCallback, ["save_reference"])
     between = SYNC_STEPS + 1
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     saving = {"save_strategy": "steps", "save_steps": between}

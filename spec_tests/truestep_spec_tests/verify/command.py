@@ -52,20 +52,16 @@ def main(arguments: Sequence[str]) -> int:
             show_trainings(console, results, expected.has_training)
         if options.trainings and leaves_out_weave(options):
             console.print(WITHOUT_WEAVE)
-    log = options.report / "pytest.log"
-    try:
-        verdicts, tests = verify_clauses(
-            implementation,
-            clauses,
-            expected.has_test,
-            console,
-            log,
-            seed=options.seed,
-            timeout=options.timeout,
-            seconds=options.time,
-        )
-    except RuntimeError as error:
-        sys.exit(f"truestep verify: {error}")
+    verdicts, tests = verify_clauses(
+        implementation,
+        clauses,
+        expected.has_test,
+        console,
+        options.report / "pytest.log",
+        seed=options.seed,
+        timeout=options.timeout,
+        seconds=options.time,
+    )
     if verdicts:
         show_clauses(console, verdicts, implementation.name)
     found = contents(implementation, shlex.join(arguments), results, verdicts, tests, expected)

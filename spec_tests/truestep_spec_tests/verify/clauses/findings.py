@@ -7,7 +7,10 @@ from typing import NamedTuple
 import pytest
 from truestep_fixtures.ranks import RankFailure, RankReport
 
-VERDICTS = ("not run", "passes", "skipped", "crashes", "hangs", "fails")
+NOT_RUN = "not run"
+"""The verdict of what did not come to its end; its message says why."""
+
+VERDICTS = (NOT_RUN, "passes", "skipped", "crashes", "hangs", "fails")
 """What a test can come to; of several phases of a test, or failing tests of a clause, the last one of these counts."""
 
 FAILURES = frozenset({"crashes", "hangs", "fails"})

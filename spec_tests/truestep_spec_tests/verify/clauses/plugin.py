@@ -5,12 +5,14 @@ Workers of pytest-xdist collect and run. What they found goes to their controlle
 
 import faulthandler
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
+from hypothesis.internal.conjecture import engine
 
 from truestep_spec_tests.verify.clauses.findings import Finding, finding_of, severity
 
@@ -41,6 +43,8 @@ class Worker:
         self._timeout: float = config.getoption("--clauses-timeout")
         self._name: str = config.workerinput["workerid"]
         self._stacks: TextIO = _stacks(self._directory, self._name).open("w")
+        # Hypothesis has no setting for it. What is found after a long search counts as found, not as a hang.
+        engine.MAX_SHRINKING_SECONDS = min(engine.MAX_SHRINKING_SECONDS, math.ceil(self._timeout / 3))
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:

@@ -18,9 +18,7 @@ import pytest
 from truestep_spec_tests.implementation import CALLBACKS
 from truestep_spec_tests.meta.specification import PACKAGE, statuses
 from truestep_spec_tests.verify.clauses import plugin
-from truestep_spec_tests.verify.clauses.findings import Finding
-
-NOT_RUN = Finding("not run", message="there was no time for it")
+from truestep_spec_tests.verify.clauses.findings import NOT_RUN, Finding
 
 USUAL = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 """How pytest ends where it could run the tests, none of them included."""
@@ -79,26 +77,23 @@ def run(
 
     Returns:
         The tests in the files of the clauses' callbacks that name a clause, whichever; those that name none of these
-        clauses, and those that the time did not suffice for, are not run.
-
-    Raises:
-        RuntimeError: pytest could not run the tests.
+        clauses, those that the time did not suffice for, and what was left when pytest itself ended, are not run. If
+        it ended before it knew the tests, there is one for all of them.
     """
     chosen = set(clauses)
     with tempfile.TemporaryDirectory(prefix="truestep-clauses-", ignore_cleanup_errors=True) as name:
         directory = Path(name)
         with _started(_command(implementation, chosen, seed, timeout, directory), directory, log) as child:
+            left = Finding(NOT_RUN, message="there was no time for it")
             end = time.monotonic() + seconds
             while child.poll() is None and time.monotonic() < end:
                 time.sleep(0.5)
-                tests = _read(directory)
-                ended = sum(test.finding != NOT_RUN for test in tests)
+                tests = _read(directory, left)
+                ended = sum(test.finding.verdict != NOT_RUN for test in tests)
                 on_progress(completed=ended, total=sum(not chosen.isdisjoint(test.clauses) for test in tests))
             if child.poll() not in (None, *USUAL):
-                raise RuntimeError(f"pytest ended with exit code {child.returncode}; what it says is in {log}")
-        if not (directory / plugin.TESTS).is_file():
-            raise RuntimeError(f"{seconds:g} s were not enough to find the tests; what pytest says is in {log}")
-        return _read(directory)
+                left = Finding(NOT_RUN, message=f"pytest ended with exit code {child.returncode}: see {log.name}")
+        return _read(directory, left) or [Outcome("", tuple(chosen), left)]
 
 
 def _command(implementation: str, clauses: Iterable[str], seed: int, timeout: float, directory: Path) -> list[str]:
@@ -142,14 +137,17 @@ def _started(command: Sequence[str], directory: Path, log: Path) -> Iterator[sub
         child.wait()
 
 
-def _read(directory: Path) -> list[Outcome]:
-    """The tests that name clauses, as far as they are known, with what they have found so far."""
+def _read(directory: Path, left: Finding) -> list[Outcome]:
+    """The tests that name clauses, as far as they are known, with what they have found so far.
+
+    Args:
+        directory: The plugin's.
+        left: What became of those that have found nothing.
+    """
     collected = directory / plugin.TESTS
     if not collected.is_file():
         return []
     clauses = json.loads(collected.read_text(encoding="utf-8"))
     *lines, _ = (directory / plugin.FINDINGS).read_text(encoding="utf-8").split("\n")  # the last one is incomplete
     findings = dict(map(json.loads, lines))
-    return [
-        Outcome(test, tuple(named), Finding(*findings.get(test, NOT_RUN))) for test, named in clauses.items() if named
-    ]
+    return [Outcome(test, tuple(named), Finding(*findings.get(test, left))) for test, named in clauses.items() if named]

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from truestep_spec_tests.verify.clauses.findings import FAILURES, severity
-from truestep_spec_tests.verify.clauses.running import NOT_RUN, Outcome
+from truestep_spec_tests.verify.clauses.findings import FAILURES, NOT_RUN, severity
+from truestep_spec_tests.verify.clauses.running import Outcome
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Verdict:
     def note(self) -> str:
         """How many tests stand behind it, without those that were skipped; or why none does."""
         if self.verdict in ("not tested", "not offered"):
-            reasons = Counter(test.finding.message for test in self.tests if test.finding.verdict != "passes")
+            verdict = NOT_RUN if _is_cut(self.tests) else "skipped"
+            reasons = Counter(test.finding.message for test in self.tests if test.finding.verdict == verdict)
             return reasons.most_common(1)[0][0] if reasons else ""
         failing = sum(test.finding.verdict in FAILURES for test in self.tests)
         count = sum(test.finding.verdict != "skipped" for test in self.tests)
@@ -65,7 +66,7 @@ def judge(clause: str, tests: Iterable[Outcome], is_known: Callable[[Outcome, st
 
 
 def _is_cut(tests: Iterable[Outcome]) -> bool:
-    return any(test.finding == NOT_RUN for test in tests)
+    return any(test.finding.verdict == NOT_RUN for test in tests)
 
 
 def _words(test: Outcome) -> int:

@@ -65,9 +65,6 @@ def verify_clauses(
 
     Returns:
         The verdicts, and the tests that they rest on.
-
-    Raises:
-        RuntimeError: The tests could not be run.
     """
     offered = [clause for clause in clauses if _callback(clause) in implementation.offered]
     tests: list[Outcome] = []
