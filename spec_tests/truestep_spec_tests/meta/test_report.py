@@ -74,7 +74,14 @@ def divergence(**changes: Any) -> Divergence:
 
 
 DIVERGES = comparisons(3, divergence=divergence())
-CRASH = RankFailure("train", [RankReport(0, "raised", f"Traceback\nValueError: {MARKUP}"), RankReport(1, "finished")])
+CRASH = RankFailure(
+    "train",
+    [
+        RankReport(0, "raised", f"Traceback\nKeyError: 1\nTraceback\nValueError: {MARKUP}"),
+        RankReport(1, "finished"),
+        RankReport(2, "raised", "Traceback\nConnectionError: closed by the other one"),
+    ],
+)
 
 RUNS = [
     run(),

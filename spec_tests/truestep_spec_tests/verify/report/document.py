@@ -43,8 +43,9 @@ def _versions(environment: Mapping[str, str]) -> str:
 def _where(run: Mapping[str, Any]) -> str:
     """Where a run first was not the reference's."""
     if run["crash"] is not None:
-        errors = re.findall(r"^\w[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*", run["crash"], re.MULTILINE)
-        return errors[-1] if errors else run["crash"].splitlines()[0]
+        of_ranks = re.split(r"^── rank .* ─+$", run["crash"], flags=re.MULTILINE)
+        raised = [re.findall(r"^\w[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*", one, re.MULTILINE) for one in of_ranks]
+        return next((errors[-1] for errors in raised if errors), run["crash"].splitlines()[0])
     if run["divergence"] is not None:
         found = Divergence(**run["divergence"])
         return f"step {found.step}, {found.parameter}: {found.subject}, reference {found.reference}"
