@@ -1,6 +1,6 @@
 """The implementation under test: an argument of the suite, never a patch."""
 
-import importlib
+import importlib.util
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from types import ModuleType
@@ -40,7 +40,8 @@ class Implementation:
 
     def __post_init__(self) -> None:
         if not self.offered:
-            raise ValueError(f"implementation={self.name!r}: it has none of {', '.join(CALLBACKS)}")
+            message = f"implementation={self.name!r}: it has none of {', '.join(CALLBACKS)}"
+            raise ValueError(f"{message}; of a class with another name say which one it is: BEMACallback={self._path}")
 
     @property
     def BEMACallback(self) -> type[Any]:  # noqa: N802 - the documented name of the class
@@ -103,23 +104,28 @@ class Implementation:
 
     def _find(self, callback: str) -> type[Any] | None:
         module, attribute = _resolve(self.name, self._path)
-        if attribute is None:
-            return getattr(module, callback, None)
-        named = self.name.rpartition("=")[0] or attribute
-        return getattr(module, attribute, None) if named == callback else None
+        named = callback if attribute is None else self.name.rpartition("=")[0] or attribute
+        try:
+            return getattr(module, attribute or callback, None) if named == callback else None
+        except ImportError:  # of a module that imports when asked for a name
+            return None
 
 
 def _resolve(argument: str, path: str) -> tuple[ModuleType, str | None]:
     """The module that `path` leads to, and the class in it where the last part is not a module."""
     if not all(part.isidentifier() for part in path.split(".")):
         raise ValueError(f"implementation={argument!r}: {path!r} is not the path of a package or class")
+    parent, _, attribute = path.rpartition(".")
+    if parent:
+        module = _imported(argument, parent)
+        if not hasattr(module, "__path__") or importlib.util.find_spec(path) is None:
+            return module, attribute
+    return _imported(argument, path), None
+
+
+def _imported(argument: str, path: str) -> ModuleType:
     try:
-        return importlib.import_module(path), None
-    except ModuleNotFoundError as error:
-        parent, _, attribute = path.rpartition(".")
-        if error.name != path or not parent:
-            raise ValueError(f"implementation={argument!r}: cannot be imported ({error})") from error
-    try:
-        return importlib.import_module(parent), attribute
-    except ModuleNotFoundError as error:
-        raise ValueError(f"implementation={argument!r}: cannot be imported ({error})") from error
+        return importlib.import_module(path)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"implementation={argument!r}: cannot be imported ({reason})") from error

@@ -35,7 +35,7 @@ def test_a_package_a_module_and_a_class_lead_to_the_callback(name: str) -> None:
 def test_a_class_of_another_name_says_which_callback_it_is(installed: Path) -> None:
     (installed / "averages_of_mine.py").write_text("class Fast: ...\n")
     assert Implementation("BEMACallback=averages_of_mine.Fast").BEMACallback.__name__ == "Fast"
-    with pytest.raises(ValueError, match="it has none of BEMACallback"):
+    with pytest.raises(ValueError, match=r"it has none of BEMACallback.*: BEMACallback=averages_of_mine.Fast$"):
         Implementation("averages_of_mine.Fast")
 
 
@@ -60,6 +60,27 @@ def test_a_package_that_lacks_a_dependency_says_which(installed: Path) -> None:
     (installed / "needs_more.py").write_text("import what_is_not_installed\n")
     with pytest.raises(ValueError, match=r"'needs_more': .*what_is_not_installed"):
         Implementation("needs_more")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("from json import what_is_not_there", "cannot be imported .ImportError: cannot import name"),
+        ("raise OSError('no disk')", "cannot be imported .OSError: no disk"),
+        ("class", "cannot be imported .SyntaxError: "),
+    ],
+)
+def test_a_package_that_cannot_be_imported_says_why(installed: Path, text: str, message: str) -> None:
+    (installed / "broken_by_me.py").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Implementation("broken_by_me")
+
+
+def test_what_cannot_be_imported_when_asked_for_is_not_offered(installed: Path) -> None:
+    (installed / "lazy_one.py").write_text(
+        "class BEMACallback: ...\ndef __getattr__(name):\n    import what_is_not_installed\n"
+    )
+    assert Implementation("lazy_one").offered == ["BEMACallback"]
 
 
 def test_the_version_is_that_of_the_distribution(installed: Path) -> None:
