@@ -96,7 +96,7 @@ def clauses_of(topology: str, model: str, dtype: str, kind: str) -> pytest.MarkD
         return pytest.mark.clause("BEMA-1")
     if "bias_power" in TRAININGS[kind]["hyperparameters"]:
         return pytest.mark.clause("BEMA-5")
-    if dtype == "bfloat16":
+    if dtype != "float32":
         return pytest.mark.clause("BEMA-8")
     return pytest.mark.clause("BEMA-2", "BEMA-3", "BEMA-4", "BEMA-6")
 

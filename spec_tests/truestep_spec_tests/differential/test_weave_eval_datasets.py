@@ -1,6 +1,5 @@
 """Which dataset an evaluation is of, and what it and the model are called, in trainings by real trainers."""
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,10 +12,9 @@ from truestep_fixtures.weave_server import RecordingServer, recording_server
 from truestep_spec_tests.differential.cases import logged_warnings
 from truestep_spec_tests.differential.weave_eval_cases import Evaluating
 from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.properties.weave_eval_cases import Seen, seen
+from truestep_spec_tests.properties.weave_eval_cases import Seen, requires_weave, seen
 
-if importlib.util.find_spec("weave") is None:  # `importorskip` would import it
-    pytest.skip("weave is not installed", allow_module_level=True)
+pytestmark = requires_weave
 
 NAME = "own/data: größe 漢字 🙂 v1"
 """What the trainer's dataset is called."""

@@ -23,11 +23,17 @@ from truestep_fixtures.weave_server import Fault, RecordingServer, recording_ser
 from truestep_spec_tests.differential.cases import logged_warnings, skip_the_reference
 from truestep_spec_tests.differential.weave_eval_cases import evaluating, is_alive, leaving_nothing
 from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.properties.weave_eval_cases import Subject, evaluate_at, seen, wait_for, wait_until
+from truestep_spec_tests.properties.weave_eval_cases import (
+    Subject,
+    evaluate_at,
+    requires_weave,
+    seen,
+    wait_for,
+    wait_until,
+)
 from truestep_spec_tests.runs import Setup, Walk
 
-if importlib.util.find_spec("weave") is None:  # `importorskip` would import it
-    pytest.skip("weave is not installed", allow_module_level=True)
+pytestmark = requires_weave
 
 Ranks = Callable[[int], RankPool]
 

@@ -1,6 +1,5 @@
 """A training does not notice that its evaluations go to Weave, and of its ranks one alone does that."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from truestep_spec_tests.differential.weave_eval_cases import (
 )
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.lockstep.weave_eval import PROJECT
+from truestep_spec_tests.properties.weave_eval_cases import requires_weave
 from truestep_spec_tests.runs import Setup
 
-if importlib.util.find_spec("weave") is None:  # `importorskip` would import it
-    pytest.skip("weave is not installed", allow_module_level=True)
+pytestmark = requires_weave
 
 Ranks = Callable[[int], RankPool]
 

@@ -3,7 +3,6 @@
 That process is a rank of a pool, so that Weave is not imported in the one of the suite.
 """
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +16,10 @@ from truestep_fixtures.weave_server import forget_client, recording_server
 from truestep_spec_tests.differential.cases import error_of, logged_warnings, skip_the_reference
 from truestep_spec_tests.differential.weave_eval_cases import evaluating
 from truestep_spec_tests.implementation import Implementation
-from truestep_spec_tests.properties.weave_eval_cases import Seen, Subject, evaluate_at, seen
+from truestep_spec_tests.properties.weave_eval_cases import Seen, Subject, evaluate_at, requires_weave, seen
 from truestep_spec_tests.runs import Setup, Walk
 
-if importlib.util.find_spec("weave") is None:  # `importorskip` would import it
-    pytest.skip("weave is not installed", allow_module_level=True)
+pytestmark = requires_weave
 
 Ranks = Callable[[int], RankPool]
 

@@ -1,7 +1,6 @@
 """What holds of any WeaveCallback, in a single process, with models that are made on the spot."""
 
 import asyncio
-import importlib.util
 import logging
 import math
 import threading
@@ -41,11 +40,11 @@ from truestep_spec_tests.properties.weave_eval_cases import (
     evaluate_at,
     named,
     outcomes,
+    requires_weave,
     seen,
 )
 
-if importlib.util.find_spec("weave") is None:  # `importorskip` would import it
-    pytest.skip("weave is not installed", allow_module_level=True)
+pytestmark = requires_weave
 
 PAIRS = [(prompt, name) for prompt in PROMPTS for name in SCORERS]
 """The calls of an evaluation, in the order of their scores."""

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import enum
 import fractions
+import importlib.util
 import inspect
 import math
 import tempfile
@@ -28,6 +29,10 @@ from truestep_fixtures.weave_server import RecordingServer
 from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.options import require, takes
 from truestep_spec_tests.properties.log_completions_cases import rows_of, speaking
+
+requires_weave = pytest.mark.skipif(
+    importlib.util.find_spec("weave") is None, reason="weave is not installed"
+)  # `importorskip` would import it
 
 PATIENCE = 60.0
 """Seconds after which what has not arrived never will."""

@@ -75,9 +75,8 @@ def plan(
                 continue
             for dtype in _dtypes(callback, topology, size, dtypes, everything=bool(ranks)):
                 setup = Setup(implementation, topology, size, dtype, model, seed, steps, callback=callback)
-                draw = random.Random(f"{seed}/{len(setups)}")
-                has_scorers = len(setups) % 2 == 0
-                setups.append(setup.on(**_drawn(callback, draw, steps, has_scorers)))
+                draw = random.Random(f"{seed} {' '.join(identity(setup))}")  # the same, whatever else is asked for
+                setups.append(setup.on(**_drawn(callback, draw, steps)))
     return sorted(setups, key=lambda setup: setup.ranks)
 
 
@@ -102,8 +101,8 @@ def _dtypes(callback: str, topology: str, ranks: int, asked: Sequence[str], ever
     return () if topology in ("zero3_persistent", *left_out_of_bema) else trained[:1]
 
 
-def _drawn(callback: str, draw: random.Random, steps: int, has_scorers: bool) -> dict[str, Any]:
-    """The attributes of a setup that its seed decides; and of evaluations in Weave, whether there are scorers."""
+def _drawn(callback: str, draw: random.Random, steps: int) -> dict[str, Any]:
+    """The attributes of a setup that its seed decides."""
     if callback == "BEMACallback":
         return {"hyperparameters": _hyperparameters(draw, steps)}
     if callback in ("LogCompletionsCallback", "WeaveCallback"):
@@ -118,7 +117,7 @@ def _drawn(callback: str, draw: random.Random, steps: int, has_scorers: bool) ->
         if callback == "WeaveCallback":
             chosen["hyperparameters"] = {"num_prompts": num_prompts}
             chosen["training"] = {"eval_strategy": "steps", "eval_steps": freq}
-            chosen["scorers"] = list(SCORERS) if has_scorers else None
+            chosen["scorers"] = draw.choice([list(SCORERS), None])
         return chosen
     if callback == "RichProgressCallback":
         freq = draw.choice([1, 2, max(1, steps // 2)])
