@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from rich.console import Console
 from truestep_fixtures.ranks import RankFailure, RankReport
 
 from truestep_spec_tests.meta import specification
+from truestep_spec_tests.properties.weave_eval_cases import wait_until
 from truestep_spec_tests.verify.clauses import plugin
 from truestep_spec_tests.verify.clauses.display import show_clauses
 from truestep_spec_tests.verify.clauses.findings import NOT_RUN, Finding, finding_of
@@ -137,16 +140,16 @@ def test_a_failing_clause_has_the_shortest_evidence_and_the_command_that_repeats
 
 @pytest.mark.parametrize(
     ("known", "status", "printed"),
-    [("BEMA-1", 0, ""), ("BEMA-99", 1, "known failures: BEMA-99: there is no such clause, test or training")],
+    [("BEMA-1", 0, []), ("BEMA-99", 1, ["known failures: BEMA-99: there is no such clause, test or training"])],
 )
 def test_what_is_not_offered_is_no_failure_but_a_known_failure_of_nothing_is(
-    tmp_path: Path, known: str, status: int, printed: str
+    tmp_path: Path, known: str, status: int, printed: list[str]
 ) -> None:
     (tmp_path / "known").write_text(known)
     said = verify(tmp_path, "--implementation callbacks_of_mine --only BEMA --expect known")
     assert set(said.verdicts().values()) == {"not offered"}
     assert said.status == status
-    assert printed in said.printed
+    assert re.findall("^known failures: .*", said.printed, re.MULTILINE) == printed
 
 
 ENDS_PYTEST = """
@@ -172,12 +175,38 @@ def test_what_was_found_is_kept_if_pytest_itself_ends(tmp_path: Path) -> None:
 def test_a_pytest_that_knows_no_tests_is_a_reason_for_all_clauses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'pytest' in sys.orig_argv: os._exit(7)\n")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")  # which is not taken
     said = verify(tmp_path, "--implementation callbacks_of_mine --only RICH")
     assert said.status == 1
     assert set(said.verdicts().values()) == {"not tested"}
-    assert said.report["clauses"][0]["note"] == "pytest ended with exit code 4: see pytest.log"
-    assert "--no-such-option" in (tmp_path / "truestep-verify" / "pytest.log").read_text()
+    assert said.report["clauses"][0]["note"] == "pytest ended with exit code 7: see pytest.log"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_goes_on_when_the_process_ends(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "callbacks_of_mine.py").write_text(WRONG)
+    command = [sys.executable, "-m", "truestep", "verify", "--implementation", "callbacks_of_mine", "--only", "RICH-7"]
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+
+    def are_testing() -> bool:  # in a directory for temporary files
+        lines = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if _exists(file)]
+        return any(f"={tmp_path}/truestep-clauses".encode() in line for line in lines)
+
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        wait_until(are_testing)
+        process.send_signal(number)
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == (1 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert ("the verification was interrupted" in printed) == (number == signal.SIGTERM)
+    wait_until(lambda: not are_testing())
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return bool(file.read_bytes())
+    except OSError:
+        return False
 
 
 SLOW = """
@@ -201,9 +230,28 @@ def test_it(implementation, numbers):
 def test_an_example_that_takes_long_to_shorten_is_no_hang(tmp_path: Path) -> None:
     (tmp_path / "test_slow.py").write_text(SLOW)
     (tmp_path / "found").mkdir()
-    arguments = ["-p", plugin.__name__, "-n", "1", "--hypothesis-seed", "0", "--clauses-directory", tmp_path / "found"]
+    arguments = [
+        "-p",
+        plugin.__name__,
+        "-n",
+        "1",
+        "--hypothesis-seed",
+        "0",
+        "--clauses-directory",
+        str(tmp_path / "found"),
+    ]
     subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments, "--clauses-chosen", "A-1", "--clauses-timeout", "20", tmp_path],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            *arguments,
+            "--clauses-chosen",
+            "A-1",
+            "--clauses-timeout",
+            "20",
+            str(tmp_path),
+        ],
         cwd=tmp_path,
     )
     ((_, (verdict, *_, example)),) = map(json.loads, (tmp_path / "found" / plugin.FINDINGS).read_text().splitlines())
@@ -214,6 +262,11 @@ def test_an_example_that_takes_long_to_shorten_is_no_hang(tmp_path: Path) -> Non
 # Of exceptions
 
 
+class Unsayable(Exception):  # noqa: N818 - of an implementation
+    def __str__(self) -> str:
+        raise ValueError
+
+
 @pytest.mark.parametrize(
     ("error", "verdict"),
     [
@@ -221,10 +274,13 @@ def test_an_example_that_takes_long_to_shorten_is_no_hang(tmp_path: Path) -> Non
         (pytest.fail.Exception("DID NOT RAISE"), "fails"),
         (KeyError("x"), "crashes"),
         (SystemExit(3), "crashes"),
+        (Unsayable(), "crashes"),
         (ExceptionGroup("several", [KeyError("x"), AssertionError()]), "fails"),
         (ExceptionGroup("several", [KeyError("x"), ExceptionGroup("more", [ValueError()])]), "crashes"),
         (RankFailure("task", [RankReport(0, "raised", "…\nAssertionError: x"), RankReport(1, "hung")]), "fails"),
         (RankFailure("task", [RankReport(0, "raised", "…\nKeyError: 'x'"), RankReport(1, "finished")]), "crashes"),
+        (RankFailure("task", [RankReport(0, "raised", "…\nAssertionError: x\n…\n  File …\nKeyError: 'x'")]), "crashes"),
+        (RankFailure("task", [RankReport(0, "raised", "…\nFailed: DID NOT RAISE")]), "fails"),
         (RankFailure("task", [RankReport(0, "finished"), RankReport(1, "died")]), "crashes"),
         (RankFailure("task", [RankReport(0, "finished"), RankReport(1, "hung", "stack")]), "hangs"),
     ],
@@ -240,7 +296,9 @@ def test_an_exception_without_a_message_is_shown_by_the_line_that_raised_it() ->
 
 
 def test_the_end_of_the_traceback_of_the_worst_rank_is_the_message() -> None:
-    detail = "\n".join(["Traceback", *(f"  line {number}" for number in range(20)), "AssertionError: x"])
+    detail = "\n".join(
+        ["Traceback (most recent call last):", *(f"  line {number}" for number in range(20)), "AssertionError: x"]
+    )
     failure = RankFailure("task", [RankReport(0, "hung", "stack"), RankReport(1, "raised", detail)])
     lines = finding_of(failure).message.splitlines()
     assert lines == ["rank 1 raised", "  line 17", "  line 18", "  line 19", "AssertionError: x"]
@@ -279,14 +337,14 @@ def test_hypothesiss_shortest_example_is_shown_as_code(
     with pytest.raises(AssertionError) as raised:
         finds()
     evidence = Outcome("a.py::test_a", ("RICH-3",), finding_of(raised.value))
-    show_clauses(Console(), [judge("RICH-3", [evidence], NOTHING.has_test)], "mine")
+    show_clauses(Console(), [judge("RICH-3", [evidence], NOTHING.has_test)], "mine", 3)
     _, said = capsys.readouterr().out.split("RICH-3: fails\n")
     expected = ["AssertionError", "  too large", "shortest example:", *(f"  {line}" for line in example)]
     *lines, reproduction, command = said.splitlines()
     assert [line for line in expected if line not in lines] == []
     assert lines[-len(example) :] == expected[-len(example) :]
     assert re.fullmatch(r"  # or: @reproduce_failure\('[\d.]+', b'.*'\)", reproduction)
-    assert command.endswith("a.py::test_a --implementation mine")
+    assert command.endswith("a.py::test_a --implementation mine --hypothesis-seed=3")
 
 
 # Of clauses

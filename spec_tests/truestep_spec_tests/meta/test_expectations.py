@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from truestep_spec_tests.lockstep import Comparison, Comparisons
+from truestep_spec_tests.meta.specification import PACKAGE
 from truestep_spec_tests.runs import Setup
 from truestep_spec_tests.verify.clauses.findings import Finding
 from truestep_spec_tests.verify.clauses.running import Outcome
@@ -55,5 +56,7 @@ def test_a_training_is_known_by_the_first_columns_of_its_row() -> None:
 
 def test_ids_of_known_failures_stand_one_a_line_beside_comments(tmp_path: Path) -> None:
     file = tmp_path / "known"
-    file.write_text("# a comment\nA-1\n\n  BEMA   zero3 2 float32  # another\na.py::test_a[b c#d]\n")
-    assert Expectations.read(file).ids == ("A-1", "BEMA zero3 2 float32", "a.py::test_a[b c#d]")
+    file.write_text(
+        f"\ufeffA-0\n# a comment\nA-1\n\n  BEMA   zero3 2 float32  # another\n{PACKAGE}/a.py::test_a[b c#d]\n"
+    )
+    assert Expectations.read(file).ids == ("A-0", "A-1", "BEMA zero3 2 float32", "a.py::test_a[b c#d]")

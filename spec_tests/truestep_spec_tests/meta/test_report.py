@@ -74,12 +74,14 @@ def divergence(**changes: Any) -> Divergence:
 
 
 DIVERGES = comparisons(3, divergence=divergence())
+FRAME = 'Traceback (most recent call last):\n  File "mine.py", line 1, in callback'
+
 CRASH = RankFailure(
     "train",
     [
-        RankReport(0, "raised", f"Traceback\nKeyError: 1\nTraceback\nValueError: {MARKUP}"),
+        RankReport(0, "raised", f"{FRAME}\nKeyError: 1\n\n{FRAME}\nmine.Mismatch: {MARKUP}\nsize: 3"),
         RankReport(1, "finished"),
-        RankReport(2, "raised", "Traceback\nConnectionError: closed by the other one"),
+        RankReport(2, "raised", f"{FRAME}\nConnectionError: closed by the other one"),
     ],
 )
 
@@ -182,7 +184,7 @@ def test_a_failing_test_is_shown_once_and_linked_from_its_other_clauses(everythi
 
 
 def test_a_divergence_and_a_crash_are_shown_with_what_repeats_them(everything: Elements) -> None:
-    for shown in ("a.weight[1, 0]", "0.5", "0.25", "3e-09", f"ValueError: {MARKUP}", "step 1, a.weight"):
+    for shown in ("a.weight[1, 0]", "0.5", "0.25", "3e-09", f"mine.Mismatch: {MARKUP}", "step 1, a.weight"):
         assert shown in everything.text
     assert "truestep verify --replay 'out of/bema ddp#2.safetensors'" in everything.text
 
@@ -291,7 +293,7 @@ def test_the_document_has_a_row_for_every_run_and_clause_and_the_evidence_once()
     assert [row[-1] for row in of_runs[2:5]] == [
         "step 2, a.weight: 0.5, reference 0.25",
         "step 1, a.weight",
-        f"ValueError: {MARKUP}",
+        f"mine.Mismatch: {MARKUP}",
     ]
     assert [row[::2] for row in rows if "-" in row[0] and row[0] != "---"] == [
         ["BEMA-5", "fails"],
@@ -303,7 +305,8 @@ def test_the_document_has_a_row_for_every_run_and_clause_and_the_evidence_once()
 
 
 def test_the_document_has_neither_paths_nor_what_says_where_it_goes(tmp_path: Path) -> None:
-    command = f"truestep verify --implementation mine --seed 3 --report {tmp_path} --markdown {tmp_path}/mine.md"
+    files = f"--report={tmp_path} --markdown '{tmp_path}/of mine.md'"
+    command = f"truestep verify --implementation mine {files} --seed 3"
     file = Path(specification.__file__)
     tests = [of_test("test_a.py::test_wrong", "fails", "BEMA-5", message=f'File "{file}", line 3, in "{tmp_path}/x"')]
     clauses = [of_clause("BEMA-5", "fails", "test_a.py::test_wrong")]

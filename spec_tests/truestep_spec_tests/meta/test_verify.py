@@ -5,15 +5,20 @@ case.
 """
 
 import math
+import multiprocessing
+import os
 import re
 import runpy
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 from truestep_fixtures import models
@@ -22,12 +27,16 @@ from truestep_fixtures.terminal import Terminal
 from truestep_reference import BEMACallback as ReferenceBEMACallback
 from truestep_reference import LogCompletionsCallback as ReferenceLogCompletionsCallback
 
+from truestep_spec_tests.lockstep import Comparison, Comparisons
 from truestep_spec_tests.meta.mutants import MUTANTS
 from truestep_spec_tests.meta.mutants.patch import copy_package
 from truestep_spec_tests.meta.verify_cases import QUICK, assert_one_of_two_ranks_reports, report, rows
+from truestep_spec_tests.runs import Setup
 from truestep_spec_tests.verify.arguments import understand
 from truestep_spec_tests.verify.command import main
-from truestep_spec_tests.verify.trainings.plan import plan
+from truestep_spec_tests.verify.trainings.check import Result
+from truestep_spec_tests.verify.trainings.display import show_trainings
+from truestep_spec_tests.verify.trainings.plan import SHORT, plan
 
 # Of arguments: the exit status and what is printed.
 Verify = Callable[[str], tuple[int, str]]
@@ -78,7 +87,7 @@ def test_a_run_that_equals_the_reference_exits_with_0_and_leaves_a_report(
     assert max(step["ratio"] for step in only["steps"].values()) == only["largest_error_over_bound"]
     assert only["divergence"] is only["bitwise_difference"] is only["replay"] is None
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"index.html", "report.json"}
-    assert "report: out/index.html, out/report.json\n" in printed
+    assert "report: out/report.json, out/index.html\n" in printed
 
 
 def test_completions_are_compared_in_float64_and_have_no_error_at_all(verify: Verify, tmp_path: Path) -> None:
@@ -170,6 +179,60 @@ def test_a_crash_exits_with_1_and_reports_every_rank(verify: Verify, tmp_path: P
         assert f"ZeroDivisionError: rank {rank} divides by zero" in only["crash"]
 
 
+class RaisesAlone(ReferenceBEMACallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch.distributed.get_rank()
+        super().on_train_begin(args, state, control, **kwargs)
+
+
+def test_what_raises_in_a_single_process_only_differs_there(verify: Verify, tmp_path: Path) -> None:
+    implementation = f"BEMACallback={__name__}.{RaisesAlone.__name__}"
+    status, printed = verify(f"--implementation {implementation} --topology ddp --ranks 2 {QUICK}")
+    assert status == 1
+    ((*_, bitwise, _, verdict),) = rows(printed)
+    assert (bitwise, verdict) == ("no", "differs")
+    assert "a single process on the same trajectory: rank 0 raised\n" in printed
+    (only,) = report(tmp_path)["runs"]
+    assert (tmp_path / only["replay"]).is_file()
+
+
+class Ends(ReferenceBEMACallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        control.should_training_stop = state.global_step == 2
+
+
+def test_a_training_that_ends_early_cannot_be_replayed(verify: Verify, tmp_path: Path) -> None:
+    status, printed = verify(f"--implementation BEMACallback={__name__}.{Ends.__name__} --topology single {QUICK}")
+    assert status == 1
+    assert re.search(r"^BEMA .* stops early$", printed, flags=re.MULTILINE)
+    assert "compared at 3 of 5 steps" in printed
+    (only,) = report(tmp_path)["runs"]
+    assert (only["verdict"], only["replay"]) == ("stops early", None)
+
+
+class Interrupts(ReferenceBEMACallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.max_steps == 3:
+            parent = multiprocessing.parent_process()
+            assert parent is not None
+            assert parent.pid is not None
+            os.kill(parent.pid, signal.SIGTERM)
+            time.sleep(60)
+        super().on_train_begin(args, state, control, **kwargs)
+
+
+def test_what_was_found_is_reported_when_the_process_is_told_to_end(verify: Verify, tmp_path: Path) -> None:
+    implementation = f"BEMACallback={__name__}.{Interrupts.__name__}"
+    arguments = f"--implementation {implementation} --callback BEMACallback --topology single --report out"
+    status, printed = verify(f"{arguments} --steps 3")
+    assert status == 1
+    assert [row[-2:] for row in rows(printed)] == [["not", "run"]] * 3
+    contents = report(tmp_path)
+    assert contents["passed"] is False
+    assert {run["verdict"] for run in contents["runs"]} == {"not run"}
+
+
 class NotANumber(ReferenceBEMACallback):
     def shadow_state_dict(self) -> dict[str, Tensor]:
         return {name: torch.full_like(value, math.nan) for name, value in super().shadow_state_dict().items()}
@@ -225,6 +288,7 @@ def test_a_model_of_ones_own_is_taken_from_its_directory(verify: Verify, tmp_pat
         ("--only RICH", ["clauses"]),
         ("--implementation trl --clauses", ["clauses"]),
         ("--only RICH-3 --ranks 2", ["trainings", "clauses"]),
+        ("--time 1", ["clauses"]),
     ],
 )
 def test_arguments_of_one_part_leave_the_other_out(arguments: str, parts: list[str]) -> None:
@@ -241,6 +305,33 @@ def test_under_a_launcher_there_are_trainings_only(
     with pytest.raises(SystemExit):
         understand(["--only", "RICH"])
     assert "--clauses, --only and --time: tests start ranks of their own" in capfd.readouterr().err
+
+
+def test_a_training_is_the_same_whatever_else_is_asked_for() -> None:
+    whole = plan(implementation="truestep", callbacks=list(SHORT))
+    for setup in whole:
+        asked = {"topologies": [setup.topology], "ranks": [setup.ranks], "dtypes": [setup.dtype]}
+        assert plan(implementation="truestep", callbacks=[setup.callback], **asked) == [setup]
+    assert {setup.scorers is None for setup in whole if setup.callback == "WeaveCallback"} == {True, False}
+
+
+def test_the_widest_row_fits_into_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    setup = Setup(topology="zero3_persistent", ranks=16, dtype="bfloat16", steps=10_000, callback="WeaveCallback")
+    compared = Comparisons({step: Comparison(error=123.4, bound=0.1) for step in range(1000)})
+    show_trainings(Console(width=80), [Result(setup, compared, seconds=1234.56)], lambda setup: False)
+    heading, *_ = (line for line in capsys.readouterr().out.splitlines() if "bitwise" in line)
+    assert heading.split() == [
+        "callback",
+        "topology",
+        "ranks",
+        "dtype",
+        "steps",
+        "bound",
+        "bitwise",
+        "in",
+        "s",
+        "verdict",
+    ]
 
 
 @pytest.fixture
@@ -266,6 +357,14 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--ranks 0", "--ranks 0: "),
         ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
         ("--steps 0", "--steps 0: must be at least 1"),
+        ("--seed -1", "argument --seed: -1: must be at least 0"),
+        ("--seed one", "argument --seed: invalid _seed value: 'one'"),
+        ("--time 0", "argument --time: 0: must be more than 0"),
+        ("--timeout inf", "argument --timeout: inf: must be more than 0 and finite"),
+        ("--timeout nan", "argument --timeout: nan: "),
+        ("--report text", "text"),
+        ("--report text/report", "text/report"),
+        ("--markdown nowhere/document.md", "nowhere/document.md"),
         ("--steps few", "argument --steps: invalid int value: 'few'"),
         ("--model nowhere", "--model nowhere: neither qwen2, "),
         ("--replay nowhere", "nowhere"),

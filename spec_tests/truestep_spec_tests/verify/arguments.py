@@ -1,6 +1,7 @@
 """What `truestep verify` is asked for."""
 
 import argparse
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def understand(arguments: Sequence[str]) -> argparse.Namespace:
     """
     understood = parser()
     options = understood.parse_args(arguments)
-    given = {name for name, value in vars(options).items() if value not in (None, False)}
+    given = {name for name, value in vars(options).items() if value is not None and value is not False}
     options.clauses = not given.isdisjoint(CLAUSES)
     options.trainings = not given.isdisjoint(TRAININGS)
     if options.clauses and is_rank():
@@ -53,10 +54,14 @@ def parser() -> argparse.ArgumentParser:
         "are trainings, and with --implementation both.",
     )
     add = arguments.add_argument
-    add("--implementation", help="a package (truestep, the default; trl; …) or the path of a class")
+    add(
+        "--implementation",
+        help="a package (truestep, the default; trl; …), or the path of a class; of one with another name, "
+        "BEMACallback=PATH",
+    )
     add("--callback", action="append", choices=CALLBACKS, help="only this one (may be repeated)")
-    add("--seed", type=int, default=0, help="seeds weights, data, hyperparameters and examples (default 0)")
-    add("--timeout", type=float, default=300.0, help="seconds that one training or test may take (default 300)")
+    add("--seed", type=_seed, default=0, help="seeds weights, data, hyperparameters and examples (default 0)")
+    add("--timeout", type=_seconds, default=300.0, help="seconds that one training or test may take (default 300)")
     add(
         "--expect",
         type=Path,
@@ -87,6 +92,20 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
+def _seed(text: str) -> int:
+    """A number that NumPy takes as a seed."""
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 0 and less than 2^32")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    """A time that something may take."""
+    if not 0 < float(text) < threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text}: must be more than 0 and finite")
+    return float(text)
+
+
 def _add_trainings(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--trainings", action="store_true", help="this part, whole")
@@ -102,4 +121,4 @@ def _add_clauses(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--clauses", action="store_true", help="this part, whole")
     add("--only", action="append", metavar="CLAUSE", help="only RICH, or RICH-3 (may be repeated)")
-    add("--time", type=float, metavar="SECONDS", help="seconds that all tests may take (default 7200)")
+    add("--time", type=_seconds, metavar="SECONDS", help="seconds that all tests may take (default 7200)")

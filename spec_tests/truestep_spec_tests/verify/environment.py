@@ -36,14 +36,14 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """The commit of the tree that this file is in, if it is in one; with a mark if the tree has changes."""
-    where = Path(__file__).parent
-    described = subprocess.run(
-        ["git", "-C", str(where), "describe", "--always", "--dirty", "--exclude", "*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    tracked = subprocess.run(
-        ["git", "-C", str(where), "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=False
-    )
-    return described.stdout.strip() if described.returncode == 0 and tracked.returncode == 0 else None
+    is_tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+    return _git("describe", "--always", "--dirty", "--exclude", "*") if is_tracked else None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says in the folder of this file, if there is git and it has something to say."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -47,9 +47,17 @@ def finding_of(error: BaseException) -> Finding:
     if isinstance(error, RankFailure):
         finding = max((_of_rank(report) for report in error.reports), key=severity)
     else:
-        message = str(error) or _statement(error)
+        message = _said(error) or _statement(error)
         finding = Finding("fails" if isinstance(error, _ASSERTIONS) else "crashes", message=message)
     return finding._replace(exception=type(error).__name__, example=_example(getattr(error, "__notes__", ())))
+
+
+def _said(error: BaseException) -> str:
+    """The message of an exception, which may be unable to say it."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def _statement(error: BaseException) -> str:
@@ -62,8 +70,9 @@ def _of_rank(report: RankReport) -> Finding:
     """What a rank came to."""
     message = f"rank {report.rank} {report.outcome}\n{report.shortened()}"
     if report.outcome == "raised":
-        is_assertion = re.search(r"^(\w+\.)*AssertionError\b", report.detail, re.MULTILINE)
-        return Finding("fails" if is_assertion else "crashes", message=message)
+        exception = report.ending.partition(":")[0].rpartition(".")[2]
+        names = {assertion.__name__ for assertion in _ASSERTIONS}
+        return Finding("fails" if exception in names else "crashes", message=message)
     verdicts = {"finished": "passes", "skipped": "skipped", "died": "crashes", "hung": "hangs"}
     return Finding(verdicts[report.outcome], message=message)
 

@@ -6,6 +6,9 @@ Workers of pytest-xdist collect and run. What they found goes to their controlle
 import faulthandler
 import json
 import math
+import os
+import signal
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--clauses-directory", help="where the plugin writes to")
     parser.addoption("--clauses-chosen", help="clauses, separated by commas; tests that name none of them are left out")
     parser.addoption("--clauses-timeout", type=float, help="seconds after which the process of a test is ended")
+    parser.addoption("--clauses-lifeline", type=int, help="a file descriptor; all processes end when it is closed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -92,6 +96,9 @@ class Controller:
         self._directory = Path(config.getoption("--clauses-directory"))
         (self._directory / FINDINGS).touch()
         self._phases: defaultdict[str, list[Finding]] = defaultdict(list)
+        lifeline = config.getoption("--clauses-lifeline")
+        if lifeline is not None:
+            threading.Thread(target=_end_with, args=[lifeline], daemon=True).start()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         phases = self._phases[report.nodeid]
@@ -112,6 +119,12 @@ class Controller:
         if stacks:
             return Finding("hangs", message=stacks.split("\n\n")[-1])  # of the threads, the main one
         return Finding("crashes", message=report.longrepr)
+
+
+def _end_with(lifeline: int) -> None:
+    """Ends the processes of this group when the other end of a pipe is closed, however its process has ended."""
+    os.read(lifeline, 1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _stacks(directory: Path, worker: str) -> Path:

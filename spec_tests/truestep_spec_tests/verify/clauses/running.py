@@ -13,15 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import pytest
-
 from truestep_spec_tests.implementation import CALLBACKS
 from truestep_spec_tests.meta.specification import PACKAGE, statuses
 from truestep_spec_tests.verify.clauses import plugin
 from truestep_spec_tests.verify.clauses.findings import NOT_RUN, Finding
-
-USUAL = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
-"""How pytest ends where it could run the tests, none of them included."""
 
 # More would not be faster: each runs worlds of several ranks.
 PROCESSES = min(os.cpu_count() or 1, 8)
@@ -77,8 +72,8 @@ def run(
 
     Returns:
         The tests in the files of the clauses' callbacks that name a clause, whichever; those that name none of these
-        clauses, those that the time did not suffice for, and what was left when pytest itself ended, are not run. If
-        it ended before it knew the tests, there is one for all of them.
+        clauses, those that the time did not suffice for, and what was left at an interrupt or when pytest itself
+        ended, are not run. If it ended before it knew the tests, there is one for all of them.
     """
     chosen = set(clauses)
     with tempfile.TemporaryDirectory(prefix="truestep-clauses-", ignore_cleanup_errors=True) as name:
@@ -86,12 +81,15 @@ def run(
         with _started(_command(implementation, chosen, seed, timeout, directory), directory, log) as child:
             left = Finding(NOT_RUN, message="there was no time for it")
             end = time.monotonic() + seconds
-            while child.poll() is None and time.monotonic() < end:
-                time.sleep(0.5)
-                tests = _read(directory, left)
-                ended = sum(test.finding.verdict != NOT_RUN for test in tests)
-                on_progress(completed=ended, total=sum(not chosen.isdisjoint(test.clauses) for test in tests))
-            if child.poll() not in (None, *USUAL):
+            try:
+                while child.poll() is None and time.monotonic() < end:
+                    time.sleep(0.5)
+                    tests = _read(directory, left)
+                    ended = sum(test.finding.verdict != NOT_RUN for test in tests)
+                    on_progress(completed=ended, total=sum(not chosen.isdisjoint(test.clauses) for test in tests))
+            except KeyboardInterrupt:
+                left = Finding(NOT_RUN, message="the verification was interrupted")
+            if child.poll() is not None:
                 left = Finding(NOT_RUN, message=f"pytest ended with exit code {child.returncode}: see {log.name}")
         return _read(directory, left) or [Outcome("", tuple(chosen), left)]
 
@@ -118,23 +116,30 @@ def _command(implementation: str, clauses: Iterable[str], seed: int, timeout: fl
 @contextmanager
 def _started(command: Sequence[str], directory: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that ends, with all that it started, when the context does."""
-    environment = ENVIRONMENT | os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ours = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }  # they may choose tests
+    environment = ENVIRONMENT | ours | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    theirs, lifeline = os.pipe()  # nothing is written; it ends with this process
     with log.open("wb") as output:
         child = subprocess.Popen(
-            command,
+            [*command, f"--clauses-lifeline={theirs}"],
             cwd=directory,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=[theirs],
         )
+    os.close(theirs)
     try:
         yield child
     finally:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+        os.close(lifeline)
 
 
 def _read(directory: Path, left: Finding) -> list[Outcome]:

@@ -1,7 +1,6 @@
 """The clauses of a verification, and the verdicts on them."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -69,7 +68,7 @@ def verify_clauses(
     offered = [clause for clause in clauses if _callback(clause) in implementation.offered]
     tests: list[Outcome] = []
     if offered:
-        with progress(console) as bar:
+        with progress(console) as on_progress:
             tests = run(
                 implementation.name,
                 offered,
@@ -77,7 +76,7 @@ def verify_clauses(
                 timeout=timeout,
                 seconds=seconds,
                 log=log,
-                on_progress=partial(bar.update, bar.add_task("", total=None)),
+                on_progress=on_progress,
             )
     verdicts = [
         judge(clause, tests, is_known) if clause in offered else Verdict(clause, "not offered") for clause in clauses

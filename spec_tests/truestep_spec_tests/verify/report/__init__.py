@@ -2,11 +2,24 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from truestep_spec_tests.verify.report.document import document
 from truestep_spec_tests.verify.report.page import page
+
+
+def prepare(directory: Path, markdown: Path | None) -> None:
+    """Make the directory of a report, and see that all can be written.
+
+    Raises:
+        OSError: It cannot.
+    """
+    if markdown is not None:
+        markdown.open("a").close()
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "report.json").open("a").close()
 
 
 def write(contents: Mapping[str, Any], directory: Path, markdown: Path | None) -> list[Path]:
@@ -20,9 +33,9 @@ def write(contents: Mapping[str, Any], directory: Path, markdown: Path | None) -
     Returns:
         The files.
     """
-    texts = {directory / "index.html": page(contents), directory / "report.json": json.dumps(contents, indent=2)}
+    makers = {directory / "report.json": partial(json.dumps, indent=2), directory / "index.html": page}
     if markdown is not None:
-        texts[markdown] = document(contents)
-    for file, text in texts.items():
-        file.write_text(text, encoding="utf-8")
-    return list(texts)
+        makers[markdown] = document
+    for file, make in makers.items():
+        file.write_text(make(contents), encoding="utf-8")
+    return list(makers)

@@ -16,6 +16,7 @@ from truestep_spec_tests.verify.trainings.check import Result
 def contents(
     implementation: Implementation,
     arguments: str,
+    seed: int,
     results: Sequence[Result],
     verdicts: Sequence[Verdict],
     tests: Sequence[Outcome],
@@ -26,6 +27,7 @@ def contents(
     Args:
         implementation: What was verified.
         arguments: The command's.
+        seed: The seed of the tests.
         results: Of trainings.
         verdicts: On clauses.
         tests: Those of the clauses.
@@ -48,7 +50,7 @@ def contents(
         "known_failures": {"ids": expectations.ids, "problems": problems},
         "runs": runs,
         "clauses": [_clause(verdict, titles[verdict.clause]) for verdict in verdicts],
-        "tests": [_test(test, implementation) for test in tests if not tested.isdisjoint(test.clauses)],
+        "tests": [_test(test, implementation, seed) for test in tests if not tested.isdisjoint(test.clauses)],
     }
 
 
@@ -63,6 +65,6 @@ def _clause(verdict: Verdict, title: str) -> dict[str, Any]:
     }
 
 
-def _test(test: Outcome, implementation: Implementation) -> dict[str, Any]:
-    own = {"test": test.id, "clauses": test.clauses, "command": command(test, implementation.name)}
+def _test(test: Outcome, implementation: Implementation, seed: int) -> dict[str, Any]:
+    own = {"test": test.id, "clauses": test.clauses, "command": command(test, implementation.name, seed)}
     return own | test.finding._asdict()

@@ -1,6 +1,7 @@
 """The document to keep: what an implementation does, without times and paths, so that two of them can be compared."""
 
 import re
+import shlex
 import sysconfig
 import tempfile
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ def document(contents: Mapping[str, Any]) -> str:
         for test in dict.fromkeys(clause["evidence"] for clause in failing)
     }
     text = environment.get_template("document.md").render(
-        {**contents, "command": re.sub(r" --(report|markdown|expect)[ =]\S+", "", contents["command"])},
+        {**contents, "command": _without_files(contents["command"])},
         versions=_versions(contents["environment"]),
         where={number: _where(run) for number, run in enumerate(contents["runs"])},
         evidence=[(clauses, tests[test]) for test, clauses in evidence.items()],
@@ -40,12 +41,23 @@ def _versions(environment: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in environment.items() if name not in machine)
 
 
+def _without_files(command: str) -> str:
+    """A command without the options that say where something comes from or goes to."""
+    kept: list[str] = []
+    words = iter(shlex.split(command))
+    for word in words:
+        option, _, value = word.partition("=")
+        if option not in ("--report", "--markdown", "--expect"):
+            kept.append(word)
+        elif not value:
+            next(words, None)
+    return shlex.join(kept)
+
+
 def _where(run: Mapping[str, Any]) -> str:
     """Where a run first was not the reference's."""
     if run["crash"] is not None:
-        of_ranks = re.split(r"^── rank .* ─+$", run["crash"], flags=re.MULTILINE)
-        raised = [re.findall(r"^\w[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*", one, re.MULTILINE) for one in of_ranks]
-        return next((errors[-1] for errors in raised if errors), run["crash"].splitlines()[0])
+        return str(run["endings"][0])
     if run["divergence"] is not None:
         found = Divergence(**run["divergence"])
         return f"step {found.step}, {found.parameter}: {found.subject}, reference {found.reference}"

@@ -1,7 +1,6 @@
 """The report as a page: what a browser shows of `report.json`."""
 
 import math
-import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,7 +61,7 @@ def _environment() -> Environment:
     environment = templates(autoescape=True)
     environment.filters |= {"tone": tone, "sign": _sign, "number": _shown, "counts": _counts}
     environment.globals |= {"plots": plots, "has_distances": has_distances, "distance": _distance}
-    environment.filters |= {"ends": _ends, "file": _file, "shell": shlex.quote}
+    environment.filters |= {"file": _file, "shell": shlex.quote}
     return environment
 
 
@@ -121,13 +120,6 @@ def _named(number: int, run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _distance(divergence: Mapping[str, Any]) -> float:
     return abs(float(divergence["subject"]) - float(divergence["reference"]))
-
-
-def _ends(crash: str) -> list[str]:
-    """The last line of each rank's report that is not indented: of a traceback, the one with the exception."""
-    reports = re.findall(r"^── rank \d+ \w+ ─*\n(.*?)(?=^── |\Z)", crash, flags=re.MULTILINE | re.DOTALL)
-    lines = (re.findall(r"^\S.*", report, flags=re.MULTILINE) for report in reports)
-    return list(dict.fromkeys(of_report[-1] for of_report in lines if of_report))
 
 
 def _file(path: str) -> str:

@@ -106,7 +106,7 @@ def plots(runs: Sequence[Mapping[str, Any]], marks: Mapping[int, Mark]) -> list[
         of_plot = list(group)
         # What a picture refers to within itself has names, which must be others than those of other pictures.
         salt = f"{runs[0]['callback']} {topology} {runs[0]['setup']['dtype']}"
-        with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE, "svg.hashsalt": salt}):
             figure, axes = _empty(axis, last)
             for run in of_plot:
                 _draw(axes, run, mark, dash, axis, marks[run["setup"]["ranks"]])

@@ -27,7 +27,8 @@ class Result:
         setup: The run.
         comparisons: Subject against reference, the same on every rank; None if they did not come to an end.
         seconds: Of the slowest rank.
-        difference: Where what it shows differs from what a single process has on the same trajectory, if it does.
+        difference: Where what it shows differs from what a single process has on the same trajectory, if it does; or
+            what the single process raised.
         crash: Every rank's report, if the run crashed.
         replay: The file to replay a failure from, if there is one.
     """
@@ -46,12 +47,14 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """`equal`, `diverges`, `differs` (bitwise, between topologies), `stops early` or `crashes`."""
+        """`equal`, `diverges`, `differs` (bitwise, by topology), `stops early`, `hangs`, `crashes` or `not run`."""
         if self.crash is not None:
-            return "crashes"
+            return "hangs" if {report.outcome for report in self.crash.reports} <= {"hung", "finished"} else "crashes"
+        if self.comparisons is None:
+            return "not run"
         if self.divergence is not None:
             return "diverges"
-        if self.comparisons is None or len(self.comparisons.steps) != self.setup.steps + 1:
+        if len(self.comparisons.steps) != self.setup.steps + 1:
             return "stops early"
         return "equal" if self.difference is None else "differs"
 
@@ -59,6 +62,11 @@ class Result:
     def passed(self) -> bool:
         """Whether nothing was found."""
         return self.verdict == "equal"
+
+    @property
+    def can_be_replayed(self) -> bool:
+        """Whether the trajectory shows what was found: of a progress display, the weights show nothing."""
+        return self.verdict in ("diverges", "differs") and self.setup.callback != "RichProgressCallback"
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, as JSON can hold it."""
@@ -74,6 +82,7 @@ class Result:
             "divergence": {what: _in_json(value) for what, value in divergence.items()} or None,
             "bitwise_difference": self.difference,
             "crash": None if self.crash is None else str(self.crash),
+            "endings": [] if self.crash is None else self.crash.endings(),
             "replay": None if self.replay is None else str(self.replay),
             "seconds": None if math.isnan(self.seconds) else round(self.seconds, 3),
         }
@@ -115,7 +124,7 @@ def check(setup: Setup, launcher: Launcher, directory: Path, counter: Path, traj
     try:
         difference = launcher.run_alone(first_difference_in_one_process, setup, recording, directory / "alone")
     except RankFailure as failure:
-        return replace(compared, crash=failure)
+        return replace(compared, difference=failure.shortened())
     return replace(compared, difference=difference)
 
 

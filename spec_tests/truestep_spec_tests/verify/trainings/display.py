@@ -16,7 +16,8 @@ from truestep_spec_tests.runs import Setup
 from truestep_spec_tests.verify.trainings.check import Result
 from truestep_spec_tests.verify.trainings.plan import SHORT, identity
 
-COLOURS = {"equal": "green", "diverges": "red", "differs": "red", "stops early": "red", "crashes": "red"}
+COLOURS = {"equal": "green", "not run": "dim"}
+"""Of verdicts; of all others it is red."""
 
 
 class StepColumn(ProgressColumn):
@@ -86,14 +87,14 @@ def show_trainings(console: Console, results: Sequence[Result], is_known: Callab
         "steps",
         "error ÷\nbound",
         "bitwise",
-        "seconds",
+        "time\nin s",
         "verdict",
     ):
-        numeric = heading in ("ranks", "steps", "error ÷\nbound", "seconds")
+        numeric = heading in ("ranks", "steps", "error ÷\nbound", "time\nin s")
         table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
     for result in results:
         comparisons = result.comparisons
-        colour = "yellow" if is_known(result.setup) and not result.passed else COLOURS[result.verdict]
+        colour = "yellow" if is_known(result.setup) and not result.passed else COLOURS.get(result.verdict, "red")
         table.add_row(
             *identity(result.setup),
             "–" if comparisons is None else str(len(comparisons.steps)),
@@ -110,15 +111,20 @@ def show_trainings(console: Console, results: Sequence[Result], is_known: Callab
         style="dim",
     )
     for result in results:
-        if not result.passed and not is_known(result.setup):
+        if not result.passed and result.verdict != "not run" and not is_known(result.setup):
             _explain(console, result)
 
 
 def _explain(console: Console, result: Result) -> None:
     console.print(f"\n[red]{_name(result.setup)} {result.verdict}[/]")
-    for detail in (result.divergence, result.difference, result.crash and result.crash.shortened()):
-        if detail is not None:
-            console.print(escape(str(detail)), soft_wrap=True)
+    if result.verdict == "stops early" and result.comparisons is not None:
+        console.print(f"compared at {len(result.comparisons.steps)} of {result.setup.steps + 1} steps, from step 0")
+    if result.divergence is not None:
+        console.print(escape(str(result.divergence)), soft_wrap=True)
+    if result.difference is not None:
+        console.print(f"a single process on the same trajectory: {escape(result.difference)}", soft_wrap=True)
+    if result.crash is not None:
+        console.print(escape(result.crash.shortened()), soft_wrap=True)
     if result.replay is not None:
         console.print(f"truestep verify --replay {escape(str(result.replay))}", soft_wrap=True)
 

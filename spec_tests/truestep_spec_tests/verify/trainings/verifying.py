@@ -35,7 +35,8 @@ def choose_trainings(options: argparse.Namespace, ranks: Launcher) -> list[Setup
     """
     if options.replay is not None:
         trajectory = Trajectory.load(options.replay)
-        setup = Setup(**trajectory.about["setup"]).on(steps=max(trajectory.steps))
+        setup = Setup(**trajectory.about["setup"])
+        setup = setup.on(steps=max(trajectory.steps), training={"max_steps": setup.steps} | setup.training)
         if ranks.world_sizes and setup.ranks not in ranks.world_sizes:
             raise ValueError(f"--replay {options.replay}: it is of {setup.ranks} ranks")
         return [setup.on(implementation=Implementation(options.implementation or setup.implementation).name)]
@@ -88,7 +89,7 @@ def leaves_out_weave(options: argparse.Namespace) -> bool:
 def verify_trainings(
     setups: Sequence[Setup], ranks: Launcher, console: Console, directory: Path, trajectory: Path | None
 ) -> list[Result]:
-    """Make trainings, whatever comes of each.
+    """Make trainings, whatever comes of each; those that are left at an interrupt are not run.
 
     Args:
         setups: The trainings.
@@ -106,7 +107,7 @@ def verify_trainings(
                 display.begin(setup)
                 own = workspace / str(number)
                 result = check(setup, ranks, own, counter, trajectory)
-                if ranks.is_main and not result.passed and result.crash is None and trajectory is None:
+                if ranks.is_main and trajectory is None and result.can_be_replayed:
                     file = directory / f"{'-'.join(identity(setup)).lower()}.safetensors"
                     keep_for_replay(result, own, file)
                     result = replace(result, replay=file)
@@ -114,6 +115,8 @@ def verify_trainings(
                 display.end(result)
                 if ranks.is_main:
                     shutil.rmtree(own, ignore_errors=True)
+    except KeyboardInterrupt:
+        results += [Result(setup) for setup in setups[len(results) :]]
     finally:
         if ranks.is_main:
             shutil.rmtree(workspace, ignore_errors=True)
