@@ -116,10 +116,9 @@ def _command(implementation: str, clauses: Iterable[str], seed: int, timeout: fl
 @contextmanager
 def _started(command: Sequence[str], directory: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that ends, with all that it started, when the context does."""
-    ours = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
-    }  # they may choose tests
-    environment = ENVIRONMENT | ours | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    # Variables of pytest's may leave tests out.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = ENVIRONMENT | inherited | {"PYTHONPATH": os.pathsep.join(sys.path)}
     theirs, lifeline = os.pipe()  # nothing is written; it ends with this process
     with log.open("wb") as output:
         child = subprocess.Popen(
