@@ -220,14 +220,16 @@ def _under_every_name(trajectory: Json, others: Point, expected: Json) -> dict[s
 
 
 def _different(t: int, expected: Mapping[str, tuple[Tensor, Tensor]], shown: Mapping[str, Tensor]) -> Iterator[str]:
-    """Elements that are further from what they should be than their bounds allow."""
+    """Elements that are further from what they should be than their bounds allow; a bound of 0 minds a zero's sign."""
     for name, (value, bound) in expected.items():
         if name not in shown or shown[name].shape != value.shape:
             found = tuple(shown[name].shape) if name in shown else "nothing"
             yield f"step {t}, {name}: found {found}, expected the shape {tuple(value.shape)}"
             continue
         seen = shown[name].cpu().double()
-        is_right = (seen == value) | (seen.isnan() & value.isnan()) | ((seen - value).abs() <= bound)
+        is_signed_alike = (seen.signbit() == value.signbit()) | (bound > 0)
+        is_near = (seen == value) | ((seen - value).abs() <= bound)
+        is_right = (is_near & is_signed_alike) | (seen.isnan() & value.isnan())
         for index in (~is_right).nonzero().tolist():
             at = tuple(index)
             yield (
