@@ -60,7 +60,7 @@ def consume(implementation: Implementation, directory: Path, files: Iterable[str
         The results in the order of the files.
 
     Raises:
-        ValueError: A file cannot be read.
+        ValueError: A file cannot be read, or is of another version.
     """
     for file in files:
         contents = read(directory, file)

@@ -12,6 +12,9 @@ from torch import Tensor
 DIRECTORY = Path(truestep_fixtures.__file__).parent / "golden"
 """Where the files are that come with the package."""
 
+FORMAT = 1
+"""The version of the format."""
+
 WIDTH = 120
 """What fits into a line of this many letters stays on one."""
 
@@ -26,13 +29,20 @@ def read(directory: Path, stem: str) -> Json:
         stem: Its name without the suffix.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: It cannot be read, or is of another version.
     """
     file = directory / f"{stem}.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        contents = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
+    found = contents.get("format") if isinstance(contents, dict) else None
+    if found != FORMAT:
+        raise ValueError(
+            f"{file} has format={found!r}, and what is read here is format={FORMAT}: take the files of this version of "
+            "Truestep, or the version that wrote these"
+        )
+    return contents
 
 
 def text_of(value: Json, indent: int = 0) -> str:

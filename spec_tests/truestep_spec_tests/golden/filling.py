@@ -11,11 +11,8 @@ from truestep_reference import generation, ref_sync, rounding, scores
 
 from truestep_spec_tests.golden import cases, driving
 from truestep_spec_tests.golden.driving import Point
-from truestep_spec_tests.golden.files import Json, from_tensor, marked, text_of
+from truestep_spec_tests.golden.files import FORMAT, Json, from_tensor, marked, text_of
 from truestep_spec_tests.golden.trajectories import DESCRIPTION, ODD, draw, draw_not_finite, draw_pair
-
-FORMAT = 1
-"""The version of the format."""
 
 
 def fill(directory: Path) -> None:

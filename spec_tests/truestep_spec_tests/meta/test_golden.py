@@ -16,7 +16,7 @@ from truestep_fixtures.ranks import RankPool
 from truestep_spec_tests.golden.command import main
 from truestep_spec_tests.golden.consuming import FILES
 from truestep_spec_tests.golden.driving import point, policy_of
-from truestep_spec_tests.golden.files import DIRECTORY, read
+from truestep_spec_tests.golden.files import DIRECTORY, FORMAT, read
 
 Ranks = Callable[[int], RankPool]
 Run = Callable[..., list[Any]]
@@ -49,7 +49,7 @@ def test_the_reference_fills_the_files_byte_for_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_the_files_are_what_the_schema_says(file: str) -> None:
-    schema = read(DIRECTORY, "schema")
+    schema = json.loads((DIRECTORY / "schema.json").read_text(encoding="utf-8"))
     Draft202012Validator.check_schema(schema)
     validator = Draft202012Validator({"$ref": f"#/$defs/{file}", "$defs": schema["$defs"]})
     assert [error.message for error in validator.iter_errors(read(DIRECTORY, file))] == []
@@ -63,6 +63,18 @@ def test_every_case_is_equal(implementation: str, run: Run, capsys: pytest.Captu
     assert sum(len(read(DIRECTORY, file)["cases"]) for file in FILES) == sum(
         int(count) for count in printed.splitlines()[-1].split() if count.isdigit()
     )
+
+
+def test_a_file_of_another_version_is_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bema.json"
+    contents = json.loads((DIRECTORY / file.name).read_text(encoding="utf-8"))
+    file.write_text(json.dumps(contents | {"format": FORMAT + 1}), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["consume", "--directory", str(tmp_path), "--file", "bema"], run)
+    assert f"{file} has format={FORMAT + 1}, and what is read here is format={FORMAT}: " in capsys.readouterr().err
+    file.write_text("[]", encoding="utf-8")
+    with pytest.raises(ValueError, match="has format=None"):
+        read(tmp_path, "bema")
 
 
 def spoil_bema(case: Any) -> None:
