@@ -1,6 +1,6 @@
 """What golden files ask: settings, events, scores and prompts, without an answer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from truestep_spec_tests.golden.files import Json, marked
@@ -81,7 +81,20 @@ SCORES: dict[str, list[list[int | float | None]]] = {
 # Views
 
 
-def _event(kind: str, step: int, max_steps: int = 12, epochs: int = 3, **more: Any) -> Json:
+def _event(
+    kind: str,
+    step: int,
+    max_steps: int = 12,
+    epochs: int = 3,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    log_history: Sequence[Mapping[str, Any]] = (),
+    **more: Any,
+) -> Json:
+    if metrics is not None:
+        more["metrics"] = list(metrics.items())
+    if log_history:
+        more["log_history"] = [list(entry.items()) for entry in log_history]
     epoch = step * epochs / max_steps if max_steps > 0 else 0.25 * step
     state = {"global_step": step, "max_steps": max_steps, "epoch": epoch, "num_train_epochs": epochs}
     return {"event": f"on_{kind}", **marked(state | more)}
@@ -187,7 +200,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "more prompts than there are": {"arguments": {"freq": 6, "num_prompts": 9}},
     "several datasets": {
         "arguments": {"freq": 6, "num_prompts": 1, "columns": ["level"]},
-        "dataset": marked({"easy": ROWS[1:3], "hard": ROWS[:1]}),
+        "dataset": marked([("easy", ROWS[1:3]), ("hard", ROWS[:1])]),
     },
     "further columns": {"arguments": {"freq": 6, "columns": ["topic", "level", "weight", "hard", "source"]}},
     "columns whose names are taken": {"arguments": {"freq": 6, "num_prompts": 1, "columns": ["prompt", "level"]}},

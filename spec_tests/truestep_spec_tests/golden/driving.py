@@ -71,7 +71,9 @@ class _Described(models.Anew):
     def __init__(self, config: tuple[Json, Point, torch.dtype]) -> None:
         super().__init__(config)
         trajectory, values, dtype = config
-        for name, value in values.items():
+        tied = [name for name, about in trajectory["parameters"].items() if about["also_named"]]
+        for name in dict.fromkeys([*tied, *values]):  # of a parameter's names, PyTorch lists the one that comes first
+            value = values[name]
             if name in trajectory["buffers"]:
                 module, attribute = _holder(self, name)
                 module.register_buffer(attribute, value.to(dtype))
@@ -195,11 +197,12 @@ def _fire(trainer: Events, event: Mapping[str, Any], loaders: dict[str, "_Loader
     """Fires a file's event."""
     for name in ("global_step", "max_steps", "epoch", "num_train_epochs"):
         setattr(trainer.state, name, event[name])
-    trainer.state.log_history = event.get("log_history", [])
+    trainer.state.log_history = [dict(entry) for entry in event.get("log_history", [])]
     if "dataloader" in event:
         name, length = event["dataloader"]["name"], event["dataloader"]["length"]
         trainer.callback_handler.eval_dataloader = loaders.setdefault(name, _Loader(length))
-    metrics = {"logs" if event["event"] == "on_log" else "metrics": event["metrics"]} if "metrics" in event else {}
+    called = "logs" if event["event"] == "on_log" else "metrics"
+    metrics = {called: dict(event["metrics"])} if "metrics" in event else {}
     trainer.fire(event["event"], **metrics)
 
 
@@ -241,7 +244,9 @@ def _bar(bar: Any) -> Json:
 
 def rows(callback: type[Any], case: Json, directory: Path) -> list[Json]:
     """The rows of a table at the end of a training, with None in the place of each completion."""
-    trainer = _trainer(unmarked(case["dataset"]), directory, **case["training"])
+    dataset = unmarked(case["dataset"])
+    is_several = isinstance(dataset[0], list)
+    trainer = _trainer(dict(dataset) if is_several else dataset, directory, **case["training"])
     config = GenerationConfig(**case["generation"])
     table = callback(trainer, config, **case["arguments"])
     trainer.add_callback(table)

@@ -141,7 +141,7 @@ def log_completions(scratch: Path) -> Json:
         "clauses": ["LOGC-1", "LOGC-2", "LOGC-10", "LOGC-11"],
         "window": 128,
         "cases": [
-            {"name": name, **case, "rows": driving.rows(callback, case, scratch / str(number))}
+            {"name": name, **case, **_with_columns(driving.rows(callback, case, scratch / str(number)))}
             for number, (name, case) in enumerate(asked.items())
         ],
         "seeds": [
@@ -248,3 +248,10 @@ def _scores(of_prediction: list[int | float | None]) -> dict[str, int | float]:
 def _summary(predictions: list[dict[str, int | float]]) -> dict[str, int | float]:
     of_scorers = [{name: {name: one[name]} if name in one else {} for name in cases.SCORERS} for one in predictions]
     return scores.summary(cases.SCORERS, of_scorers)
+
+
+# Rows
+
+
+def _with_columns(rows: list[Json]) -> Json:
+    return {"columns": list(rows[0]), "rows": rows}

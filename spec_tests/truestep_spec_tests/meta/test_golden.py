@@ -67,6 +67,16 @@ def test_every_case_is_equal(implementation: str, run: Run, capsys: pytest.Captu
     assert printed[-1] == f"{sum(counts.values()) - left_out} equal, 0 different, {left_out} left out"
 
 
+def test_the_order_of_names_does_not_count(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in FILES:
+        text = (DIRECTORY / f"{file}.json").read_text(encoding="utf-8")
+        reversed_ = json.loads(text, object_pairs_hook=lambda pairs: dict(reversed(pairs)))
+        (tmp_path / f"{file}.json").write_text(json.dumps(reversed_), encoding="utf-8")
+    status = main(["consume", "--implementation", "truestep_reference", "--directory", str(tmp_path)], run)
+    printed = capsys.readouterr().out
+    assert (status, [line for line in printed.splitlines() if ": different" in line]) == (0, [])
+
+
 def test_a_file_of_another_version_is_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "bema.json"
     contents = json.loads((DIRECTORY / file.name).read_text(encoding="utf-8"))
@@ -109,6 +119,10 @@ def spoil_log_completions(case: Any) -> None:
     case["rows"][6]["prompt"] += "."
 
 
+def spoil_columns(case: Any) -> None:
+    case["columns"].reverse()
+
+
 @pytest.mark.parametrize(
     ("file", "spoil", "case", "where"),
     [
@@ -134,6 +148,7 @@ def spoil_log_completions(case: Any) -> None:
             'event 3, on_step_end, epoch: found "0.50/3", expected "0.51/3"',
         ),
         ("log_completions", spoil_log_completions, "every prompt at every second step", "row 6, prompt: found "),
+        ("log_completions", spoil_columns, "several datasets", 'row 0, columns[0]: found "step", expected "level"'),
     ],
 )
 def test_a_wrong_value_is_reported_with_its_case_and_where_it_is(
