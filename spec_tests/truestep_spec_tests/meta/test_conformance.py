@@ -43,7 +43,7 @@ class RichProgressCallback(Right):
         if plain_seconds is False:
             raise KeyboardInterrupt
         if plain_percent == "10":
-            raise ZeroDivisionError("by my own zero")
+            raise ZeroDivisionError("by my own zero \\ud800")
         if plain_percent != -1.0:
             super().__init__(plain_percent=plain_percent, plain_seconds=plain_seconds)
 """
@@ -101,7 +101,7 @@ def test_a_wrong_implementation_exits_with_1(said: Said) -> None:
     ("case", "verdict", "exception", "message"),
     [
         ("plain_percent--1.0", "fails", "Failed", "DID NOT RAISE"),
-        ("plain_percent-10", "crashes", "ZeroDivisionError", "by my own zero"),
+        ("plain_percent-10", "crashes", "ZeroDivisionError", "by my own zero \\ud800"),
         ("plain_percent-None", "crashes", "", "crashed while running"),
         ("plain_seconds-None", "hangs", "", "callbacks_of_mine.py"),
         ("plain_seconds-False", "crashes", "RuntimeError", "KeyboardInterrupt was raised"),

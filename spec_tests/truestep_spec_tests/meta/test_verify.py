@@ -164,7 +164,7 @@ def test_the_ranks_of_a_launcher_are_used_and_one_of_them_reports(
 
 class Raises(ReferenceBEMACallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        raise ZeroDivisionError(f"rank {args.process_index} divides by zero")
+        raise ZeroDivisionError(f"rank {args.process_index} divides by zero \ud800")
 
 
 def test_a_crash_exits_with_1_and_reports_every_rank(verify: Verify, tmp_path: Path) -> None:

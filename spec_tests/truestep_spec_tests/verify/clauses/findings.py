@@ -7,6 +7,8 @@ from typing import NamedTuple
 import pytest
 from truestep_fixtures.ranks import RankFailure, RankReport
 
+from truestep_spec_tests.verify.texts import encodable
+
 NOT_RUN = "not run"
 """The verdict of what did not come to its end; its message says why."""
 
@@ -49,7 +51,8 @@ def finding_of(error: BaseException) -> Finding:
     else:
         message = _said(error) or _statement(error)
         finding = Finding("fails" if isinstance(error, _ASSERTIONS) else "crashes", message=message)
-    return finding._replace(exception=type(error).__name__, example=_example(getattr(error, "__notes__", ())))
+    found = finding._replace(exception=type(error).__name__, example=_example(getattr(error, "__notes__", ())))
+    return Finding(*map(encodable, found))
 
 
 def _said(error: BaseException) -> str:

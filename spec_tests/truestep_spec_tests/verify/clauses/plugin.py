@@ -18,6 +18,7 @@ import pytest
 from hypothesis.internal.conjecture import engine
 
 from truestep_spec_tests.verify.clauses.findings import Finding, finding_of, severity
+from truestep_spec_tests.verify.texts import encodable
 
 TESTS, FINDINGS = "tests.json", "findings.jsonl"
 """Files that the plugin writes: the clauses of every test, and what each test found when it has ended."""
@@ -82,6 +83,8 @@ class Worker:
         report: Any = yield
         if report.failed and call.excinfo is not None:
             report.user_properties.append(("finding", tuple(finding_of(call.excinfo.value))))
+            report.longrepr = encodable(report.longreprtext)
+        report.sections = [(title, encodable(text)) for title, text in report.sections]
         return report
 
 

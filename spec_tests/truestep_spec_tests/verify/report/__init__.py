@@ -37,5 +37,5 @@ def write(contents: Mapping[str, Any], directory: Path, markdown: Path | None) -
     if markdown is not None:
         makers[markdown] = document
     for file, make in makers.items():
-        file.write_text(make(contents), encoding="utf-8")
+        file.write_text(make(contents), encoding="utf-8", errors="backslashreplace")
     return list(makers)

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from truestep_spec_tests.runs import Setup
+from truestep_spec_tests.verify.texts import encodable
 from truestep_spec_tests.verify.trainings.check import Result
 from truestep_spec_tests.verify.trainings.plan import SHORT, identity
 
@@ -120,13 +121,18 @@ def _explain(console: Console, result: Result) -> None:
     if result.verdict == "stops early" and result.comparisons is not None:
         console.print(f"compared at {len(result.comparisons.steps)} of {result.setup.steps + 1} steps, from step 0")
     if result.divergence is not None:
-        console.print(escape(str(result.divergence)), soft_wrap=True)
+        console.print(_text(str(result.divergence)), soft_wrap=True)
     if result.difference is not None:
-        console.print(f"a single process on the same trajectory: {escape(result.difference)}", soft_wrap=True)
+        console.print(f"a single process on the same trajectory: {_text(result.difference)}", soft_wrap=True)
     if result.crash is not None:
-        console.print(escape(result.crash.shortened()), soft_wrap=True)
+        console.print(_text(result.crash.shortened()), soft_wrap=True)
     if result.replay is not None:
         console.print(f"truestep verify --replay {escape(str(result.replay))}", soft_wrap=True)
+
+
+def _text(text: str) -> str:
+    """A text of the implementation's, as a console prints it as it is."""
+    return escape(encodable(text))
 
 
 def _ratio(value: float) -> str:
