@@ -3,14 +3,14 @@
 import logging
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABCMeta
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import cache, wraps
 from importlib import import_module
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -21,16 +21,23 @@ NAMES = ("BEMACallback", "LogCompletionsCallback", "RichProgressCallback", "Sync
 SOURCE = "trl.trainer.callbacks"
 """The module that all of TRL takes them from."""
 
+STAND_INS = ("trl", "trl.trainer", SOURCE)
+"""The modules that have them where TRL is not found."""
+
 
 def patch_trl() -> AbstractContextManager[object]:
     """Put the callbacks of this package in the place of TRL's.
 
     Whatever takes one of the five from TRL then gets the one of this package: `from trl import BEMACallback`, and TRL's
     trainers with `sync_ref_model=True`. It imports neither TRL nor torch. Modules of TRL that are loaded are changed,
-    and those that are loaded later; not your own, so call it before they import from TRL.
+    and those that are loaded later; not your own, so call it before they import from TRL. A process that the program
+    starts has TRL's own unless it is forked or calls this itself.
 
     A class that derives from one of the five, in TRL or elsewhere, still derives from TRL's own, whose methods it may
-    override. Where TRL is not installed, `trl` is a module that has the five.
+    override, and calls them as ever: by `super().__init__(…)` or `BEMACallback.__init__(self, …)`. Only
+    `super(BEMACallback, self)` begins with TRL's own there instead of behind it.
+
+    Where TRL is not found when it is first imported, `trl` is a module that has the five. `find_spec("trl")` finds it.
 
     Returns:
         A context manager that undoes it at its end. Without `with` it stays.
@@ -39,7 +46,7 @@ def patch_trl() -> AbstractContextManager[object]:
         >>> with patch_trl():
         ...     from trl import BEMACallback
         >>> import truestep
-        >>> isinstance(BEMACallback(), truestep.BEMACallback)
+        >>> type(BEMACallback()) is truestep.BEMACallback
         True
     """
     _switch.on()
@@ -53,67 +60,63 @@ class _Switch:
 
     def __init__(self) -> None:
         self._users = 0
-        self._undo: Callable[[], None]
+        self._first, self._last = _Finder(), _StandIn()
 
     def on(self) -> None:
         if self._users == 0:
-            self._undo = _stand_in() if find_spec("trl") is None else _replace()
+            sys.meta_path.insert(0, self._first)
+            sys.meta_path.append(self._last)
+            if SOURCE in sys.modules:
+                _to_ours(sys.modules[SOURCE])
         self._users += 1
 
     def off(self) -> None:
         self._users -= 1
         if self._users == 0:
-            self._undo()
-
-
-_switch = _Switch()
+            sys.meta_path.remove(self._first)
+            sys.meta_path.remove(self._last)
+            self._last.forget()
+            _exchange({ours: own for own, ours in _in_place.items()})
 
 
 # What is in place
 
 
-class _Substitute(type):
-    """The type of the classes that are in the place of TRL's: each is one of this package, seen as TRL's own."""
-
-    _own: type[Any]
-
-    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> Any:
-        """Derives from TRL's own class where a substitute is to be derived from."""
-        own = tuple(base._own if isinstance(base, _Substitute) else base for base in bases)
-        if own == bases:
-            return super().__new__(cls, name, bases, namespace, **options)
-        return types.new_class(name, own, options, lambda body: body.update(namespace))
-
-    def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, (cls._own, *cls.__bases__))
-
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, (cls._own, *cls.__bases__))
-
-    def __getattr__(cls, name: str) -> Any:
-        """TRL's own classes call static methods by their public name, which is the substitute's now."""
-        return getattr(cls._own, name)
-
-
 @cache
-def _substitute(name: str, own: type[Any] | None = None) -> _Substitute:
+def _substitute(name: str, own: type[Any] | None = None) -> type:
+    """What is in the place of a class of TRL: called, it makes one of ours; derived from, it is TRL's own."""
     ours: type[Any] = getattr(import_module("truestep"), name)
+    base = own or ours
+
+    @cache
+    def announce() -> None:
+        logger.info("%s of truestep %s in the place of TRL's", name, version("truestep"))
 
     @wraps(ours.__init__)
-    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
-        ours.__init__(self, *args, **kwargs)
-        _announce(name)
+    def construct(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls is not substitute:
+            return super(substitute, cls).__new__(cls)
+        made = ours(*args, **kwargs)
+        announce()
+        return made
 
-    made: _Substitute = _Substitute(name, (ours,), {"__init__": construct, "__module__": __name__, "_own": own or ours})
-    return made
+    def is_base(cls: type, subclass: type) -> Any:
+        return True if cls is substitute and issubclass(subclass, (ours, base)) else NotImplemented
+
+    substitute: type[Any] = ABCMeta(
+        name,
+        (base,),
+        {
+            "__new__": construct,
+            "__subclasshook__": classmethod(is_base),
+            "__module__": SOURCE,  # where pickle finds it
+            "__doc__": ours.__doc__,
+        },
+    )
+    return substitute
 
 
-@cache
-def _announce(name: str) -> None:
-    logger.info("%s of truestep %s in the place of TRL's", name, version("truestep"))
-
-
-# Where TRL is installed
+# Where TRL is found
 
 
 class _Finder(MetaPathFinder):
@@ -134,24 +137,14 @@ class _Loader(SourceFileLoader):
         _to_ours(module)
 
 
-def _replace() -> Callable[[], None]:
-    finder = _Finder()
-    sys.meta_path.insert(0, finder)
-    if SOURCE in sys.modules:
-        _to_ours(sys.modules[SOURCE])
-
-    def undo() -> None:
-        sys.meta_path.remove(finder)
-        if SOURCE in sys.modules:
-            classes = vars(sys.modules[SOURCE]).values()
-            _exchange({ours: ours._own for ours in classes if isinstance(ours, _Substitute)})
-
-    return undo
+_in_place: dict[type, type] = {}
+"""Substitutes, by TRL's own."""
 
 
 def _to_ours(source: types.ModuleType) -> None:
     own = {name: vars(source)[name] for name in NAMES if name in vars(source)}
-    _exchange({value: _substitute(name, value) for name, value in own.items()})
+    _in_place.update({value: _substitute(name, value) for name, value in own.items()})
+    _exchange(_in_place)
 
 
 def _exchange(others: Mapping[type, type]) -> None:
@@ -166,27 +159,36 @@ def _exchange(others: Mapping[type, type]) -> None:
 # Where it is not
 
 
-def _stand_in() -> Callable[[], None]:
-    module = types.ModuleType("trl", "The callbacks of truestep by TRL's name. TRL itself is not installed.")
-    vars(module).update(
-        __all__=list(NAMES),
-        __file__=__file__,  # which a failed import shows
-        __getattr__=_found_in_stand_in,
-        __spec__=ModuleSpec("trl", None, origin=__file__),
-    )
-    before = {name: sys.modules[name] for name in ("trl",) if name in sys.modules}  # None hides a package
-    sys.modules["trl"] = module
+class _StandIn(MetaPathFinder, Loader):
+    """Finds modules that have the five by TRL's names; as the last finder, only those that no other does."""
 
-    def undo() -> None:
-        del sys.modules["trl"]
-        sys.modules.update(before)
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if path or fullname not in STAND_INS:  # the path is empty within a stand-in
+            return None
+        return ModuleSpec(fullname, self, origin=__file__, is_package=True)
 
-    return undo
+    def exec_module(self, module: types.ModuleType) -> None:
+        vars(module).update(
+            __all__=list(NAMES),
+            __doc__="The callbacks of truestep by TRL's name. TRL itself is not installed.",
+            __file__=__file__,  # which a failed import shows
+            __getattr__=_found_in_stand_in,
+        )
+
+    def forget(self) -> None:
+        for name in STAND_INS:
+            if getattr(sys.modules.get(name), "__loader__", None) is self:
+                del sys.modules[name]
 
 
-def _found_in_stand_in(name: str) -> _Substitute:
+def _found_in_stand_in(name: str) -> type:
     if name not in NAMES:
         raise AttributeError(
-            f"module 'trl' has no attribute {name!r}: TRL is not installed; truestep stands in for {', '.join(NAMES)}"
+            f"no attribute {name!r}: TRL was not found when it was imported; truestep stands in for {', '.join(NAMES)}"
         )
     return _substitute(name)
+
+
+_switch = _Switch()

@@ -6,12 +6,15 @@ A package of a few lines goes by TRL's name here. It has one of the callbacks, a
 import importlib
 import inspect
 import logging
+import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol
 
 import pytest
 
@@ -62,23 +65,30 @@ def other_trl() -> Iterator[None]:
 
 
 @pytest.fixture
-def no_trl() -> Iterator[None]:
-    """TRL cannot be imported."""
+def no_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """TRL is looked for in a folder that has nothing yet."""
+    find = PathFinder.find_spec
+
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        return find(name, [str(tmp_path)] if name == "trl" else path)
+
+    monkeypatch.setattr(PathFinder, "find_spec", find_spec)
     with other_trl():
-        sys.modules["trl"] = None  # type: ignore[assignment]
         yield
 
 
 @pytest.fixture
-def old_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def old_trl(no_trl: None, tmp_path: Path) -> None:
     """A package of a few lines is TRL."""
+    write_old_trl(tmp_path)
+
+
+def write_old_trl(directory: Path) -> None:
     for name, text in OLD_TRL.items():
-        file = tmp_path / "trl" / name
+        file = directory / "trl" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    with other_trl():
-        yield
+    importlib.invalidate_caches()
 
 
 def load(module: str) -> ModuleType:
@@ -91,7 +101,8 @@ def test_without_trl_its_name_has_the_five(callback: str, patch: Patch, implemen
     with patch():
         found = getattr(load("trl"), callback)
         assert found is getattr(load("trl"), callback)
-        assert issubclass(found, implementation.callback(callback))
+        assert found is getattr(load("trl.trainer.callbacks"), callback)
+        assert issubclass(implementation.callback(callback), found)
         assert inspect.signature(found) == inspect.signature(implementation.callback(callback))
     with pytest.raises(ModuleNotFoundError):
         load("trl")
@@ -101,12 +112,33 @@ def test_without_trl_its_name_has_the_five(callback: str, patch: Patch, implemen
 def test_without_trl_its_name_has_nothing_else_and_says_why(patch: Patch) -> None:
     with patch():
         assert "TRL itself is not installed" in str(load("trl").__doc__)
-        with pytest.raises(AttributeError, match="'DPOTrainer': TRL is not installed; truestep stands in for BEMA"):
+        with pytest.raises(AttributeError, match=r"'DPOTrainer': TRL was not found.*; truestep stands in for BEMA"):
             _ = load("trl").DPOTrainer
         with pytest.raises(ImportError, match=r"cannot import name 'DPOTrainer' from 'trl' \(.*truestep.drop_in\.py\)"):
             exec("from trl import DPOTrainer")
         with pytest.raises(ModuleNotFoundError):
-            load("trl.trainer")
+            load("trl.trainer.dpo_trainer")
+
+
+@pytest.mark.usefixtures("no_trl")
+def test_trl_is_found_that_is_installed_after_the_call(
+    patch: Patch, implementation: Implementation, tmp_path: Path
+) -> None:
+    with patch():
+        write_old_trl(tmp_path)
+        assert load("trl").__file__ == str(tmp_path / "trl" / "__init__.py")
+        assert issubclass(implementation.SyncRefModelCallback, load("trl.trainer.training").Sync)
+    assert load("trl.trainer.training").Sync.__module__ == "trl.trainer.callbacks"
+
+
+@pytest.mark.usefixtures("no_trl")
+def test_it_is_undone_where_a_program_has_forgotten_trl(patch: Patch) -> None:
+    finders = list(sys.meta_path)
+    with patch():
+        load("trl.trainer.callbacks")
+        del sys.modules["trl"]
+    assert finders == sys.meta_path
+    assert [name for name in sys.modules if f"{name}.".startswith("trl.")] == []
 
 
 @pytest.mark.usefixtures("old_trl")
@@ -115,7 +147,7 @@ def test_a_module_has_it_whether_it_was_loaded_before_or_is_later(patch: Patch, 
     assert load("trl.trainer.training").Sync is own
     with patch():
         found = load("trl.trainer.callbacks").SyncRefModelCallback
-        assert issubclass(found, implementation.SyncRefModelCallback)
+        assert issubclass(implementation.SyncRefModelCallback, found)
         assert load("trl.trainer.training").Sync is found
         del sys.modules["trl.trainer.training"]
         assert load("trl.trainer.training").Sync is found
@@ -128,7 +160,7 @@ def test_nothing_of_trl_is_loaded_before_it_is_used(patch: Patch, implementation
     finders = list(sys.meta_path)
     with patch():
         assert [name for name in sys.modules if f"{name}.".startswith("trl.")] == []
-        assert issubclass(load("trl.trainer.training").Sync, implementation.SyncRefModelCallback)
+        assert issubclass(implementation.SyncRefModelCallback, load("trl.trainer.training").Sync)
     assert finders == sys.meta_path
     assert load("trl.trainer.training").Sync is load("trl.trainer.callbacks").SyncRefModelCallback
     assert load("trl.trainer.training").Sync.__module__ == "trl.trainer.callbacks"
@@ -179,9 +211,44 @@ def test_what_derives_from_one_derives_from_trls_own(patch: Patch, implementatio
 def test_without_trl_what_derives_from_one_derives_from_ours(patch: Patch, implementation: Implementation) -> None:
     with patch():
         bema = load("trl").BEMACallback
-        derived = type(bema)("Derived", (bema,), {})
-    assert derived.__mro__[1] is implementation.BEMACallback
+        derived = type("Derived", (bema,), {})
+    assert issubclass(derived, implementation.BEMACallback)
     assert isinstance(derived(), bema)
+    assert isinstance(derived(), derived)
+    assert not isinstance(bema(), derived)
+
+
+class Named(Protocol):
+    """Has another metaclass than a callback."""
+
+    name: str
+
+
+@pytest.mark.usefixtures("old_trl")
+def test_what_derives_from_one_is_written_as_it_is_for_trl(patch: Patch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with patch():
+        base = load("trl.trainer.callbacks").SyncRefModelCallback
+
+        class ByName(base, Named):  # type: ignore[misc, valid-type]
+            def __init__(self, of: str) -> None:
+                base.__init__(self, None, of)
+
+        class BySuper(ByName):
+            def __init__(self, of: str) -> None:
+                super(BySuper, self).__init__(of)  # noqa: UP008
+
+        assert {"of": "x"} == vars(ByName("x")) == vars(BySuper("x"))
+    assert caplog.records == []
+
+
+@pytest.mark.usefixtures("old_trl")
+def test_a_class_and_what_is_made_of_it_can_be_pickled(patch: Patch, implementation: Implementation) -> None:
+    with patch():
+        found = load("trl.trainer.callbacks").SyncRefModelCallback
+        assert pickle.loads(pickle.dumps(found)) is found
+        stored = pickle.dumps(found(None, None))
+    assert type(pickle.loads(stored)) is implementation.SyncRefModelCallback
 
 
 @pytest.mark.usefixtures("old_trl")

@@ -34,16 +34,17 @@ with subject.patch_trl():
     found = [BEMACallback, LogCompletionsCallback, RichProgressCallback, SyncRefModelCallback, WeaveCallback]
     for callback in found:
         name = callback.__name__
-        assert issubclass(callback, getattr(subject, name)), name
+        assert issubclass(getattr(subject, name), callback), name
         assert all(getattr(module, name) is callback for module in (trl, trl.trainer, trl.trainer.callbacks)), name
     assert InTrainer is SyncRefModelCallback
     for derived, ours in ((ForReference, BEMACallback), (SyncTeacherModelCallback, SyncRefModelCallback)):
         assert issubclass(derived, ours)
-        assert derived.__base__.__module__ == "trl.trainer.callbacks"
+        assert derived.__base__ is ours
+        assert not issubclass(derived, getattr(subject, ours.__name__))
     callbacks = ForReference(update_ref_model=True), SyncTeacherModelCallback(None)
 for callback in found:
     own = getattr(trl, callback.__name__)
-    assert own.__module__ == "trl.trainer.callbacks"
+    assert not issubclass(getattr(subject, callback.__name__), own)
     assert getattr(trl.trainer, callback.__name__) is getattr(trl.trainer.callbacks, callback.__name__) is own
 assert trl.trainer.dpo_trainer.SyncRefModelCallback is trl.SyncRefModelCallback
 """
@@ -97,7 +98,7 @@ def test_modules_that_are_loaded_have_it_until_the_last_use_ends(subject: Implem
     with patched(subject):
         found = of_trl()
         assert own.keys() == found.keys()
-        assert all(issubclass(value, subject.callback(callback)) for (_, callback), value in found.items())
+        assert all(issubclass(subject.callback(callback), value) for (_, callback), value in found.items())
         with patched(subject):
             pass
         assert of_trl() == found
