@@ -9,6 +9,7 @@ import logging
 import pickle
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
@@ -266,37 +267,144 @@ def test_what_is_constructed_in_the_place_of_trls_is_logged_once(
 
 # `truestep run`
 
-SHOW = """import json, os, sys
-print(json.dumps([__name__, os.path.basename(__file__), sys.argv[1:], sys.path[0], "torch" in sys.modules]))
+SHOW = """\
+import sys
+print(sys.argv, sys.path, __name__, __file__, __package__, __cached__, type(__loader__), __spec__ and __spec__.name)
+print(sys.modules["__main__"].__dict__ is globals(), type(__builtins__), "torch" in sys.modules)
 """
 
+LATE = """\
+import atexit, pickle, sys, threading
+def function(): pass
+def wait_and_pickle():
+    threading.main_thread().join()
+    print(pickle.dumps(function))
+atexit.register(lambda: print(pickle.dumps(function)))
+threading.Thread(target=wait_and_pickle).start()
+"""
 
-def run(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
+RAISES = """\
+def deep():
+    raise ValueError(5)
+deep()
+"""
+
+ENDS = {
+    "late": LATE,
+    "raises": RAISES,
+    "raises_late": LATE + RAISES,
+    "caused": "try:\n    [][0]\nexcept IndexError as error:\n    raise OSError from error\n",
+    "syntax": "a b\n",
+    "interrupt": "raise KeyboardInterrupt\n",
+    "status": "raise SystemExit(7)\n",
+    "text": "raise SystemExit('no')\n",
+    "no_status": "raise SystemExit\n",
+    "last": (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print(repr(sys.last_value), sys.last_value.__traceback__.tb_lineno))\n"
+        "raise ValueError(5)\n"
+    ),
+    "hook": (
+        "import sys\n"
+        "def hook(kind, error, trace): print(kind, repr(error), trace.tb_lineno, trace is error.__traceback__)\n"
+        "sys.excepthook = hook\n"
+        "raise ValueError(5)\n"
+    ),
+}
+"""Programs, by how they end."""
+
+FORMS = {
+    "file": ["scripts/program.py"],
+    "file_here": ["./program.py"],
+    "module": ["-m", "scripts.program"],
+    "package": ["-m", "scripts"],
+    "directory": ["./scripts"],
+    "zip": ["scripts.zip"],
+}
+
+
+def write_program(text: str, directory: Path) -> None:
+    """Writes a program so that each form finds it."""
+    (directory / "scripts").mkdir()
+    for file in ("program.py", "scripts/program.py", "scripts/__main__.py"):
+        (directory / file).write_text(text)
+    with zipfile.ZipFile(directory / "scripts.zip", "w") as archive:
+        archive.writestr("__main__.py", text)
+
+
+def run(*arguments: str, directory: Path) -> tuple[str, str, int]:
+    """What a process writes to its two streams, and its exit status."""
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60, check=False)
+    process = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60, check=False)
+    return process.stdout, process.stderr, process.returncode
 
 
-@pytest.mark.parametrize("form", [["scripts/show.py"], ["-m", "scripts.show"]])
-def test_a_program_runs_as_it_does_under_python(form: list[str], tmp_path: Path) -> None:
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts" / "show.py").write_text(SHOW)
-    arguments = ["-m", "x", "--help", "--", "1"]
-    expected = run(*form, *arguments, directory=tmp_path)
-    found = run("-m", "truestep", "run", *form, *arguments, directory=tmp_path)
-    assert expected.stdout.startswith('["__main__", "show.py", ["-m", "x", "--help", "--", "1"], ')
-    assert (expected.stdout, "", 0) == (found.stdout, found.stderr, found.returncode)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_program_finds_what_it_does_under_python(form: str, tmp_path: Path) -> None:
+    write_program(SHOW, tmp_path)
+    arguments = [*FORMS[form], "-m", "x", "--help", "--", "1"]
+    run(*arguments, directory=tmp_path)  # which leaves bytecode
+    expected = run(*arguments, directory=tmp_path)
+    assert "'-m', 'x', '--help', '--', '1'] [" in expected[0]
+    assert expected == run("-m", "truestep", "run", *arguments, directory=tmp_path)
 
 
-@pytest.mark.parametrize("end", ["sys.exit(7)", "sys.exit('no')", "def deep(): raise ValueError(5)\ndeep()", "a b"])
-def test_a_program_ends_as_it_does_under_python(end: str, tmp_path: Path) -> None:
-    (tmp_path / "ends.py").write_text(f"import sys\n{end}\n")
-    expected = run("ends.py", directory=tmp_path)
-    found = run("-m", "truestep", "run", "ends.py", directory=tmp_path)
-    assert expected.returncode != 0
-    assert (expected.stderr, expected.returncode) == (found.stderr, found.returncode)
+@pytest.mark.parametrize(
+    ("form", "end"), [*(("file", end) for end in ENDS), *((form, "raises_late") for form in FORMS if form != "file")]
+)
+def test_a_program_ends_as_it_does_under_python(form: str, end: str, tmp_path: Path) -> None:
+    write_program(ENDS[end], tmp_path)
+    expected = run(*FORMS[form], directory=tmp_path)
+    assert expected == run("-m", "truestep", "run", *FORMS[form], directory=tmp_path)
+
+
+@pytest.mark.parametrize("form", [["-m", "missing"], ["empty"]])
+def test_a_module_that_is_not_there_is_missed_as_by_python(form: list[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    expected = run(*form, directory=tmp_path)
+    assert expected[2] == 1
+    assert expected == run("-m", "truestep", "run", *form, directory=tmp_path)
 
 
 def test_a_program_that_is_not_there_exits_with_2(tmp_path: Path) -> None:
-    found = run("-m", "truestep", "run", "missing.py", directory=tmp_path)
-    assert found.returncode == 2
-    assert "truestep run: error: PROGRAM missing.py: no such file; for a module, give -m missing.py" in found.stderr
+    _, errors, status = run("-m", "truestep", "run", "missing.py", directory=tmp_path)
+    assert status == 2
+    assert "truestep run: error: PROGRAM missing.py: no such file; for a module, give -m missing.py" in errors
+
+
+LOGS = """\
+import logging
+logging.basicConfig(level=logging.INFO)
+from trl.trainer.callbacks import SyncRefModelCallback
+SyncRefModelCallback(None, None)
+"""
+
+
+def test_a_program_that_logs_says_once_what_is_in_place(tmp_path: Path, implementation: Implementation) -> None:
+    write_old_trl(tmp_path)
+    (tmp_path / "logs.py").write_text(LOGS)
+    _, errors, _ = run("-m", "truestep", "run", "logs.py", directory=tmp_path)
+    assert errors.splitlines() == [f"truestep: SyncRefModelCallback of {implementation} in the place of TRL's"]
+
+
+SPAWNS = """\
+import multiprocessing
+import truestep
+truestep.patch_trl()
+
+def show():
+    from trl.trainer.callbacks import SyncRefModelCallback
+    print(issubclass(truestep.SyncRefModelCallback, SyncRefModelCallback), flush=True)
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=show)
+    process.start()
+    process.join()
+"""
+
+
+def test_a_process_that_is_spawned_has_it_where_the_program_itself_calls_for_it(tmp_path: Path) -> None:
+    write_old_trl(tmp_path)
+    (tmp_path / "spawns.py").write_text(SPAWNS)
+    expected = ("True\n", "", 0)
+    assert expected == run("-m", "truestep", "run", "spawns.py", directory=tmp_path)
