@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -170,5 +171,6 @@ def test_a_launched_script_says_on_one_rank_what_is_in_the_place_of_trls(
     assert process.returncode == 0, process.stderr
     done = sorted(line for line in process.stdout.splitlines() if line.startswith("rank"))
     assert done == ["rank 0 of 2: 3 steps", "rank 1 of 2: 3 steps"]
-    said = [line for line in process.stderr.splitlines() if line.startswith("truestep:")]
-    assert said == [f"truestep: SyncRefModelCallback of {subject} in the place of TRL's"]
+    said = re.findall("truestep: .*", process.stderr)  # perhaps behind a bar of another rank
+    expected = f"truestep: SyncRefModelCallback of {subject} in the place of TRL's"
+    assert [line[: len(expected)] for line in said] == [expected]
