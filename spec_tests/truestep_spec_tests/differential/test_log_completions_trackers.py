@@ -95,7 +95,7 @@ def train_reporting(
             steps=setup.steps,
             dtype=setup.torch_dtype,
             seed=setup.seed,
-            **setup.evaluation() | {"eval_dataset": PROMPTS},
+            **setup.evaluation() | {"eval_dataset": data.Rows(PROMPTS)},
             **setup.training,
         )
     return [message for message in warnings if "LogCompletions" in message]
@@ -175,6 +175,7 @@ def metrics(storage: Path) -> dict[str, list[Any]]:
 def reported(implementation: Implementation, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a training with two callbacks that reported to all trackers, in `out` and `storage`."""
     skip_the_reference(implementation, "writes no table and talks to no tracker")
+    require(implementation.LogCompletionsCallback, ["columns"])
     directory = tmp_path_factory.mktemp("reported")
     task = (hard_to_write(implementation), directory / "out", directory / "storage")
     assert ranks(1).run(train_reporting, *task, callbacks=2) == [[]]
@@ -182,10 +183,7 @@ def reported(implementation: Implementation, ranks: Ranks, tmp_path_factory: pyt
 
 
 @pytest.mark.clause("LOGC-6", "LOGC-11")
-def test_all_trackers_have_the_rows_of_the_local_file_whatever_text_is_in_them(
-    implementation: Implementation, reported: Path
-) -> None:
-    require(implementation.LogCompletionsCallback, ["columns"])
+def test_all_trackers_have_the_rows_of_the_local_file_whatever_text_is_in_them(reported: Path) -> None:
     expected = {"completions": [2, 4], "completions_2": [1, 2, 3, 4]}
     for table, prompts in (("completions", PROMPTS), ("completions_2", PROMPTS[:FEWER])):
         rows = local_rows(reported / "out", table)

@@ -317,14 +317,14 @@ class Sum(RuleBasedStateMachine):
 
 
 @given(number=st.floats())
-def is_small(number: float) -> None:
+def is_small(size: dict[str, list[str]], number: float, of: str) -> None:
     assert not number > 5, "too large"
 
 
 @pytest.mark.parametrize(
     ("finds", "example"),
     [
-        (is_small, ["is_small(", "    number=6.0,", ")"]),
+        (partial(is_small, size={"a": ["b" * 99] * 2}, of="c"), ["is_small(", "    number=6.0,", ")"]),
         (
             partial(run_state_machine_as_test, Sum),
             ["state = Sum()", "state.is_small()", "state.add(number=10)", "state.is_small()", "state.teardown()"],
@@ -336,7 +336,7 @@ def test_hypothesiss_shortest_example_is_shown_as_code(
 ) -> None:
     with pytest.raises(AssertionError) as raised:
         finds()
-    evidence = Outcome("a.py::test_a", ("RICH-3",), finding_of(raised.value))
+    evidence = Outcome("a.py::test_a", ("RICH-3",), finding_of(raised.value, given=["size", "of"]))
     show_clauses(Console(), [judge("RICH-3", [evidence], NOTHING.has_test)], "mine", 3)
     _, said = capsys.readouterr().out.split("RICH-3: fails\n")
     expected = ["AssertionError", "  too large", "shortest example:", *(f"  {line}" for line in example)]
@@ -382,7 +382,8 @@ def test_a_clause_that_there_was_no_time_for_is_not_tested_and_not_fine() -> Non
 
 def test_the_evidence_is_the_shortest_of_the_worst() -> None:
     short, long = (outcome("fails", message="x" * length) for length in (2, 20))
-    assert judge("A-1", [outcome("crashes", message="x"), long, short], NOTHING.has_test).evidence == short
+    of_two = Outcome("a.py::test_a", ("A-1", "A-2"), Finding("fails"))
+    assert judge("A-1", [outcome("crashes", message="x"), long, short, of_two], NOTHING.has_test).evidence == short
 
 
 @pytest.mark.parametrize(

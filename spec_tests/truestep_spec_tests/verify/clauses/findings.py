@@ -2,6 +2,7 @@
 
 import re
 import traceback
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import pytest
@@ -42,16 +43,21 @@ def severity(finding: Finding) -> int:
     return VERDICTS.index(finding.verdict)
 
 
-def finding_of(error: BaseException) -> Finding:
-    """What an exception that ended a test says; of several that Hypothesis found, the most severe one."""
+def finding_of(error: BaseException, given: Iterable[str] = ()) -> Finding:
+    """What an exception that ended a test says; of several that Hypothesis found, the most severe one.
+
+    Args:
+        error: The exception.
+        given: Names of the arguments that pytest gives to the test; an example is of the others.
+    """
     if isinstance(error, BaseExceptionGroup):
-        return max(map(finding_of, error.exceptions), key=severity)
+        return max((finding_of(one, given) for one in error.exceptions), key=severity)
     if isinstance(error, RankFailure):
         finding = max((_of_rank(report) for report in error.reports), key=severity)
     else:
         message = _said(error) or _statement(error)
         finding = Finding("fails" if isinstance(error, _ASSERTIONS) else "crashes", message=message)
-    found = finding._replace(exception=type(error).__name__, example=_example(getattr(error, "__notes__", ())))
+    found = finding._replace(exception=type(error).__name__, example=_example(getattr(error, "__notes__", ()), given))
     return Finding(*map(encodable, found))
 
 
@@ -80,7 +86,7 @@ def _of_rank(report: RankReport) -> Finding:
     return Finding(verdicts[report.outcome], message=message)
 
 
-def _example(notes: tuple[str, ...]) -> str:
+def _example(notes: Iterable[str], given: Iterable[str]) -> str:
     """Hypothesis's shortest example as code, a call or a state machine's steps, from its notes on the exception."""
     text = "\n".join(notes)
     found = re.search(
@@ -89,4 +95,9 @@ def _example(notes: tuple[str, ...]) -> str:
         text,
         re.MULTILINE | re.DOTALL,
     )
-    return f"{found['code'].strip()}\n# or: {found['decorator']}" if found else ""
+    if found is None:
+        return ""
+    code = found["code"].strip()
+    for name in given:
+        code = re.sub(rf"^ {{4}}{name}=.*?(?=^ {{4}}\S|^\))", "", code, flags=re.MULTILINE | re.DOTALL)
+    return f"{code}\n# or: {found['decorator']}"

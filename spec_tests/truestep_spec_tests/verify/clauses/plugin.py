@@ -79,10 +79,11 @@ class Worker:
             raise RuntimeError(f"{type(error).__name__} was raised") from error
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> Iterator[None]:
+    def pytest_runtest_makereport(self, item: Any, call: pytest.CallInfo[None]) -> Iterator[None]:
         report: Any = yield
         if report.failed and call.excinfo is not None:
-            report.user_properties.append(("finding", tuple(finding_of(call.excinfo.value))))
+            finding = finding_of(call.excinfo.value, given=item.funcargs)
+            report.user_properties.append(("finding", tuple(finding)))
             report.longrepr = encodable(report.longreprtext)
         report.sections = [(title, encodable(text)) for title, text in report.sections]
         return report

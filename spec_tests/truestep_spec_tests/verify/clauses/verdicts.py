@@ -17,7 +17,8 @@ class Verdict:
         verdict: `passes`; `fails`, `hangs` or `crashes`, the first of these that one of its tests does; `not tested`;
             `not offered`, where the implementation lacks the callback.
         tests: The tests that name the clause.
-        evidence: Of the tests that have the verdict, the one that says it with the fewest words.
+        evidence: Of the tests that have the verdict, the one that names the fewest clauses and says it with the fewest
+            words.
         is_known: Whether there are failures, and all of them were known. Where some were not, verdict and evidence are
             of these.
     """
@@ -60,7 +61,7 @@ def judge(clause: str, tests: Iterable[Outcome], is_known: Callable[[Outcome, st
         surprising = [test for test in failing if not is_known(test, clause)]
         worst = max((test.finding for test in surprising or failing), key=severity).verdict
         shown = [test for test in surprising or failing if test.finding.verdict == worst]
-        return Verdict(clause, worst, of_clause, min(shown, key=_words), is_known=not surprising)
+        return Verdict(clause, worst, of_clause, min(shown, key=_length), is_known=not surprising)
     has_passed = any(test.finding.verdict == "passes" for test in of_clause)
     return Verdict(clause, "passes" if has_passed and not _is_cut(of_clause) else "not tested", of_clause)
 
@@ -69,5 +70,5 @@ def _is_cut(tests: Iterable[Outcome]) -> bool:
     return any(test.finding.verdict == NOT_RUN for test in tests)
 
 
-def _words(test: Outcome) -> int:
-    return len(test.finding.message) + len(test.finding.example)
+def _length(test: Outcome) -> tuple[int, int]:
+    return len(test.clauses), len(test.finding.message) + len(test.finding.example)

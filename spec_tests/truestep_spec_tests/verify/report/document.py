@@ -76,7 +76,8 @@ def _cell(text: str, characters: int = 200) -> str:
 
 
 def _portable(text: str) -> str:
-    """Text with names of files as they are in any environment."""
+    """Text with names of files as they are in any environment, and no addresses in memory."""
     for directory in (sysconfig.get_path("purelib"), *map(str, (PACKAGE.parents[1], PACKAGE.parent))):
         text = text.replace(f"{directory}/", "")
+    text = re.sub(r"\b0x[0-9a-f]{6,}\b", "0x…", text)
     return re.sub(rf"{re.escape(tempfile.gettempdir())}/[^\s'\"]*/", "", text)
