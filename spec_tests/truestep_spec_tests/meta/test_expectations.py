@@ -3,13 +3,15 @@
 from pathlib import Path
 
 from truestep_spec_tests.lockstep import Comparison, Comparisons
+from truestep_spec_tests.meta import specification
 from truestep_spec_tests.meta.specification import PACKAGE
 from truestep_spec_tests.runs import Setup
-from truestep_spec_tests.verify.clauses.findings import Finding
+from truestep_spec_tests.verify.clauses.findings import FAILURES, Finding
 from truestep_spec_tests.verify.clauses.running import Outcome
 from truestep_spec_tests.verify.clauses.verdicts import judge
 from truestep_spec_tests.verify.expectations import Expectations
 from truestep_spec_tests.verify.trainings.check import Result
+from truestep_spec_tests.verify.trainings.plan import SHORT, identity, plan
 
 
 def outcome(verdict: str, test: str, clause: str = "BEMA-1") -> Outcome:
@@ -60,3 +62,18 @@ def test_ids_of_known_failures_stand_one_a_line_beside_comments(tmp_path: Path) 
         f"\ufeffA-0\n# a comment\nA-1\n\n  BEMA   zero3 2 float32  # another\n{PACKAGE}/a.py::test_a[b c#d]\n"
     )
     assert Expectations.read(file).ids == ("A-0", "A-1", "BEMA zero3 2 float32", "a.py::test_a[b c#d]")
+
+
+def test_what_is_kept_of_trl_is_what_is_known_of_it(checkout: Path) -> None:
+    directory = checkout / "spec_tests" / "conformance"
+    known = Expectations.read(directory / "trl-known-failures.txt").ids
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for line in (directory / "trl.md").read_text(encoding="utf-8").splitlines()
+    ]
+    clauses = {row[0]: row[2] for row in rows if row[0] in specification.clauses()}
+    trainings = {(SHORT[row[0]], *row[1:4]): row[4] for row in rows if row[0] in SHORT}
+    assert list(clauses) == specification.clauses()
+    assert list(trainings) == [identity(setup) for setup in plan(implementation="trl", callbacks=list(SHORT))]
+    failing = [name for name, verdict in clauses.items() if verdict in FAILURES]
+    assert [*failing, *(" ".join(name) for name, verdict in trainings.items() if verdict != "equal")] == list(known)
