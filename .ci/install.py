@@ -26,7 +26,8 @@ def main(directory: Path, requirement: str) -> None:
     record.unlink(missing_ok=True)
     venv.create(directory, symlinks=True, with_pip=True)
     pip = [directory / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--constraint", CONSTRAINTS, "--editable", requirement], check=True)
+    # Most modules are never imported, and compiling all of them takes as long as to install them.
+    subprocess.run([*pip, "--no-compile", "--constraint", CONSTRAINTS, "--editable", requirement], check=True)
     record.write_text(made_from, encoding="utf-8")  # last: an installation that was interrupted is made anew
 
 

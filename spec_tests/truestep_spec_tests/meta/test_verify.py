@@ -5,16 +5,9 @@ case.
 """
 
 import math
-import multiprocessing
-import os
 import re
-import runpy
-import signal
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
@@ -22,15 +15,13 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 from truestep_fixtures import models
-from truestep_fixtures.ranks import free_port
-from truestep_fixtures.terminal import Terminal
 from truestep_reference import BEMACallback as ReferenceBEMACallback
 from truestep_reference import LogCompletionsCallback as ReferenceLogCompletionsCallback
 
 from truestep_spec_tests.lockstep import Comparison, Comparisons
 from truestep_spec_tests.meta.mutants import MUTANTS
 from truestep_spec_tests.meta.mutants.patch import copy_package
-from truestep_spec_tests.meta.verify_cases import QUICK, assert_one_of_two_ranks_reports, report, rows
+from truestep_spec_tests.meta.verify_cases import QUICK, Verify, report, rows
 from truestep_spec_tests.runs import Setup
 from truestep_spec_tests.verify.arguments import understand
 from truestep_spec_tests.verify.command import main
@@ -38,29 +29,9 @@ from truestep_spec_tests.verify.trainings.check import Result
 from truestep_spec_tests.verify.trainings.display import show_trainings
 from truestep_spec_tests.verify.trainings.plan import SHORT, plan
 
-# Of arguments: the exit status and what is printed.
-Verify = Callable[[str], tuple[int, str]]
-
 _BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 WRONG = _BY_NAME["weights_of_the_average_exchanged"]
 ROUNDS_DIFFERENTLY = _BY_NAME["last_elements_of_a_range_rounded_differently"]
-
-
-@pytest.fixture
-def verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Verify:
-    """Runs `python -m truestep verify` in this process, in a directory that packages can be imported from."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["truestep", "verify", *arguments.split()])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_module("truestep", run_name="__main__")
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, capfd.readouterr().out
-
-    return run
 
 
 @pytest.mark.parametrize(("callback", "short"), [("BEMACallback", "BEMA"), ("SyncRefModelCallback", "SYNC")])
@@ -143,25 +114,6 @@ def test_a_divergence_exits_with_1_and_can_be_replayed(verify: Verify, tmp_path:
     assert report(tmp_path)["runs"][0]["divergence"] == divergence
 
 
-def exit_with(arguments: str) -> NoReturn:
-    sys.exit(main(arguments.split()))
-
-
-def test_the_ranks_of_a_launcher_are_used_and_one_of_them_reports(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with Terminal(columns=120) as terminal:
-        ranks = [
-            terminal.start(exit_with, f"--topology ddp {QUICK}", environment=world | {"RANK": rank, "LOCAL_RANK": rank})
-            for rank in "01"
-        ]
-        assert [rank.wait(120) for rank in ranks] == [0, 0]
-        printed = "\n".join(terminal.history)
-    assert_one_of_two_ranks_reports(printed, tmp_path)
-
-
 class Raises(ReferenceBEMACallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError(f"rank {args.process_index} divides by zero \ud800")
@@ -177,60 +129,6 @@ def test_a_crash_exits_with_1_and_reports_every_rank(verify: Verify, tmp_path: P
     (only,) = report(tmp_path)["runs"]
     for rank in range(2):
         assert f"ZeroDivisionError: rank {rank} divides by zero" in only["crash"]
-
-
-class RaisesAlone(ReferenceBEMACallback):
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        torch.distributed.get_rank()
-        super().on_train_begin(args, state, control, **kwargs)
-
-
-def test_what_raises_in_a_single_process_only_differs_there(verify: Verify, tmp_path: Path) -> None:
-    implementation = f"BEMACallback={__name__}.{RaisesAlone.__name__}"
-    status, printed = verify(f"--implementation {implementation} --topology ddp --ranks 2 {QUICK}")
-    assert status == 1
-    ((*_, bitwise, _, verdict),) = rows(printed)
-    assert (bitwise, verdict) == ("no", "differs")
-    assert "a single process on the same trajectory: rank 0 raised\n" in printed
-    (only,) = report(tmp_path)["runs"]
-    assert (tmp_path / only["replay"]).is_file()
-
-
-class Ends(ReferenceBEMACallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_step_end(args, state, control, **kwargs)
-        control.should_training_stop = state.global_step == 2
-
-
-def test_a_training_that_ends_early_cannot_be_replayed(verify: Verify, tmp_path: Path) -> None:
-    status, printed = verify(f"--implementation BEMACallback={__name__}.{Ends.__name__} --topology single {QUICK}")
-    assert status == 1
-    assert re.search(r"^BEMA .* stops early$", printed, flags=re.MULTILINE)
-    assert "compared at 3 of 5 steps" in printed
-    (only,) = report(tmp_path)["runs"]
-    assert (only["verdict"], only["replay"]) == ("stops early", None)
-
-
-class Interrupts(ReferenceBEMACallback):
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.max_steps == 3:
-            parent = multiprocessing.parent_process()
-            assert parent is not None
-            assert parent.pid is not None
-            os.kill(parent.pid, signal.SIGTERM)
-            time.sleep(60)
-        super().on_train_begin(args, state, control, **kwargs)
-
-
-def test_what_was_found_is_reported_when_the_process_is_told_to_end(verify: Verify, tmp_path: Path) -> None:
-    implementation = f"BEMACallback={__name__}.{Interrupts.__name__}"
-    arguments = f"--implementation {implementation} --callback BEMACallback --topology single --report out"
-    status, printed = verify(f"{arguments} --steps 3")
-    assert status == 1
-    assert [row[-2:] for row in rows(printed)] == [["not", "run"]] * 3
-    contents = report(tmp_path)
-    assert contents["passed"] is False
-    assert {run["verdict"] for run in contents["runs"]} == {"not run"}
 
 
 class NotANumber(ReferenceBEMACallback):

@@ -1,12 +1,16 @@
 """What the tests of `truestep verify` have in common: a quick run, and how to read what it prints and leaves."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from truestep_spec_tests.verify.trainings.plan import SHORT
+
+# Of arguments: the exit status and what is printed.
+Verify = Callable[[str], tuple[int, str]]
 
 QUICK = "--callback BEMACallback --dtype float32 --steps 4 --report out"
 
