@@ -190,7 +190,7 @@ def test_nothing_goes_on_when_the_process_ends(tmp_path: Path, number: signal.Si
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
 
     def are_testing() -> bool:  # in a directory for temporary files
-        lines = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if _exists(file)]
+        lines = map(_read, Path("/proc").glob("[0-9]*/cmdline"))
         return any(f"={tmp_path}/truestep-clauses".encode() in line for line in lines)
 
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -202,11 +202,11 @@ def test_nothing_goes_on_when_the_process_ends(tmp_path: Path, number: signal.Si
     wait_until(lambda: not are_testing())
 
 
-def _exists(file: Path) -> bool:
+def _read(file: Path) -> bytes:
     try:
-        return bool(file.read_bytes())
-    except OSError:
-        return False
+        return file.read_bytes()
+    except OSError:  # of a process that has ended
+        return b""
 
 
 SLOW = """

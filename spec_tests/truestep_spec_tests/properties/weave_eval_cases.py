@@ -30,9 +30,8 @@ from truestep_spec_tests.implementation import Implementation
 from truestep_spec_tests.options import require, takes
 from truestep_spec_tests.properties.log_completions_cases import rows_of, speaking
 
-requires_weave = pytest.mark.skipif(
-    importlib.util.find_spec("weave") is None, reason="weave is not installed"
-)  # `importorskip` would import it
+# `importorskip` would import it.
+requires_weave = pytest.mark.skipif(importlib.util.find_spec("weave") is None, reason="weave is not installed")
 
 PATIENCE = 60.0
 """Seconds after which what has not arrived never will."""
